@@ -1,0 +1,295 @@
+"""Every option, its type, default and meaning: one tree of models that flags, YAML files and the code share.
+
+Names and defaults are OpenRLHF's (`openrlhf.cli.train_ppo_ray`) wherever it has the option; ours are under
+`algo.distill`, `teacher`, `cluster` and a few in `data`, `eval` and `train`. A default lives here and nowhere else.
+This module imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Predicate
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Interval = Annotated[int, Field(ge=-1), Predicate(bool)]  # in steps; -1, or more than 0
+
+
+class Section(BaseModel):
+    """A group of options. Unknown keys, NaN and infinity are errors; a configuration never changes once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BellmanOptions(Section):
+    """Options of the Bellman Distill objective (Eq. 17 and its documented variants). Defaults are preset `robust`."""
+
+    top_p: Probability = Field(0.95, description="mass p of the candidate sets (Def. 1); 1 means no mask")
+    include_eos: bool = Field(True, description="stop tokens belong to every candidate set")
+    alpha: Positive = Field(83.0, description="chi-squared coefficient: the temporal-difference weight is 1/(4 alpha)")
+    gamma: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.99, description="discount factor")
+    tau: Positive = Field(1.0, description="temperature that divides the student's logits to make Q")
+    q_shift: Literal["none", "constant", "max", "max_detached", "topp_max", "logsumexp"] = Field(
+        "constant", description="shift b of Q = z / tau - b"
+    )
+    q_min: float | None = Field(None, description="lower clip of Q, nats; none leaves Q unclipped")
+    linear_term: Literal["sampled", "expected"] = Field(
+        "expected", description="sampled action (Eq. 17), or its expectation under the projected teacher"
+    )
+    out_of_set: Literal["drop", "clip", "zero"] = Field(
+        "drop", description="sampled action outside its set: drop the term, use Q_min, or Q = 0"
+    )
+    regulariser: Literal["chi2", "none", "kl_fix", "hellinger", "js"] = Field(
+        "chi2", description="reward regulariser phi of the IQ-Learn family"
+    )
+    terminal: Literal["zero", "drop_chi", "absorbing"] = Field(
+        "zero", description="value after a stop token: 0, no temporal-difference term, or an absorbing state"
+    )
+    truncated: Literal["bootstrap", "drop"] = Field(
+        "bootstrap", description="next value at the end of a cut response: value of the next state, or no term"
+    )
+    next_value_gradient: Literal["full", "stop"] = Field("full", description="gradient through the next state's value")
+    reduction: Literal["token", "sequence"] = Field("token", description="mean over response tokens, or per-row means")
+    tail_coef: NonNegative = Field(1.0, description="coefficient of the binary KL of the mass inside the sets")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": {
+        "top_p": 0.8,
+        "include_eos": False,
+        "alpha": 0.1,
+        "q_shift": "max",
+        "q_min": -10.0,
+        "linear_term": "sampled",
+        "tail_coef": 0.0,
+    },
+}
+
+
+class DistillConfig(BellmanOptions):
+    """`--algo.distill.*`: which algorithm, where rollouts come from, and the objective's options."""
+
+    name: str = Field("bd", description="algorithm: a registered name (`openrlhf-bd list`) or package.module:Class")
+    mode: Literal["offline"] = Field("offline", description="offline: the teacher's data is finished before training")
+    preset: Literal["robust", "paper"] = Field(
+        "robust", description="values of the objective's options that are not given: robust, or the published method"
+    )
+    pretrain_coef: NonNegative = Field(
+        1.0, description="coefficient of the language-model loss on --data.pretrain_dataset (J_PT)"
+    )
+    z_loss_coef: NonNegative = Field(
+        0.0, description="coefficient of the squared log-sum-exp of the logits, in cross-entropy losses"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below_given_values(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**PRESETS.get(values.get("preset", "robust"), {}), **values}
+        return values
+
+
+class AlgoConfig(Section):
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+
+
+class AdamConfig(Section):
+    lr: Positive = Field(1e-6, description="learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    eps: Positive = Field(1e-8, description="AdamW epsilon")
+    weight_decay: NonNegative = Field(0.0, description="AdamW weight decay; biases and norms are exempt by name")
+
+
+class ActorConfig(Section):
+    """`--actor.*`: the student."""
+
+    model_name_or_path: str | None = Field(None, description="student: HF model name or path")
+    num_nodes: PositiveInt = Field(1, description="nodes of the student")
+    num_gpus_per_node: PositiveInt = Field(8, description="student ranks a node, one GPU each")
+    gradient_checkpointing_enable: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing_reentrant: bool = Field(False, description="the reentrant form of it")
+    optim: Literal["adam"] = Field("adam", description="optimizer")
+    adam: AdamConfig = Field(default_factory=AdamConfig)
+    lr_scheduler: str = Field("cosine_with_min_lr", description="a schedule of transformers.get_scheduler")
+    lr_warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.03, description="warm-up share of all steps")
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.1, description="final share of the learning rate")
+    max_norm: NonNegative = Field(1.0, description="gradient clipping norm; 0 turns it off")
+
+
+class TeacherConfig(Section):
+    """`--teacher.*`: the teacher and its vLLM engines."""
+
+    model_name_or_path: str | None = Field(None, description="teacher: HF model name or path")
+    num_engines: PositiveInt = Field(1, description="vLLM engines that generate")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs of each engine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights of the teacher; auto: the checkpoint's type on GPUs, float32 on CPUs"
+    )
+    max_num_seqs: PositiveInt = Field(256, description="sequences an engine decodes at once")
+    gpu_memory_utilization: Probability = Field(0.9, description="share of GPU memory an engine may take")
+    enforce_eager: bool = Field(False, description="no CUDA graphs")
+    enable_prefix_caching: bool = Field(True, description="share the prompt's cache among its samples")
+    store_path: str | None = Field(
+        None, description="folder of the teacher's data; none: <ckpt.output_dir>/teacher_data; reused where it fits"
+    )
+    record_logprobs: bool = Field(True, description="record the candidates' log-probabilities too")
+    rows_per_shard: PositiveInt = Field(2048, description="rows of one sealed shard")
+
+
+class VllmConfig(Section):
+    """`--vllm.*`: engines that host the student (validation and evaluation)."""
+
+    num_engines: PositiveInt | None = Field(None, description="engines that sample from the student; none: 1")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs of each engine")
+    gpu_memory_utilization: Probability = Field(0.95, description="share of GPU memory an engine may take")
+    enforce_eager: bool = Field(False, description="no CUDA graphs")
+    enable_prefix_caching: bool = Field(False, description="share prompts' caches")
+
+
+class RolloutConfig(Section):
+    """`--rollout.*`: how the teacher samples."""
+
+    n_samples_per_prompt: PositiveInt = Field(1, description="responses a prompt")
+    temperature: Positive = Field(1.0, description="sampling temperature")
+    top_p: Probability = Field(1.0, description="nucleus of the sampler (not of the candidate sets)")
+    max_new_tokens: PositiveInt | None = Field(None, description="longest response; none: what data.max_len leaves")
+
+
+class DataConfig(Section):
+    """`--data.*`: prompts, references and pre-training text."""
+
+    prompt_dataset: str | None = Field(None, description="file, folder or hub data sets of prompts, comma-separated")
+    prompt_probs: str | None = Field(None, description="sampling probabilities of the data sets, comma-separated")
+    prompt_split: str = Field("train", description="split of the prompt data sets")
+    input_key: str = Field("input", description="key of the instruction in a record")
+    context_key: str | None = Field(None, description="key of the optional further input in a record")
+    label_key: str | None = Field(None, description="key of the reference response in a record")
+    prompt_wrapper: Literal["none", "paper"] = Field(
+        "none", description="paper: the instruction wrapper of Fig. 3; none: --data.input_template or the text as it is"
+    )
+    input_template: str | None = Field(None, description="template with one {} around the instruction")
+    apply_chat_template: bool = Field(False, description="use the tokenizer's chat template")
+    max_len: PositiveInt = Field(2048, description="longest prompt and response together, tokens")
+    max_prompt_len: PositiveInt | None = Field(None, description="longest prompt, tokens; none: data.max_len - 1")
+    overlong_prompts: Literal["drop", "keep"] = Field(
+        "drop", description="prompts over the limit: drop, or keep their last tokens; counted and reported"
+    )
+    max_samples: PositiveInt = Field(int(1e8), description="at most so many records of each data set")
+    disable_fast_tokenizer: bool = Field(False, description="use the slow tokenizer")
+    pretrain_dataset: str | None = Field(None, description="pre-training text (J_PT): file, folder or hub data set")
+    pretrain_split: str = Field("train", description="split of the pre-training data set")
+    pretrain_key: str = Field("text", description="key of the text in a pre-training record")
+
+
+class TrainConfig(Section):
+    """`--train.*`: the training loop."""
+
+    batch_size: PositiveInt = Field(128, description="rows of one optimizer step, over all ranks")
+    pretrain_batch_size: PositiveInt | None = Field(
+        None, description="pre-training blocks a step; none: as train.batch_size"
+    )
+    micro_batch_size: PositiveInt = Field(1, description="rows of a micro-batch where dynamic batches are off")
+    dynamic_batch_enable: bool = Field(False, description="fill micro-batches up to train.max_tokens_per_gpu")
+    max_tokens_per_gpu: PositiveInt = Field(16192, description="tokens of a dynamic micro-batch")
+    max_epochs: PositiveInt = Field(1, description="passes over the rows")
+    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps, whatever the epochs")
+    seed: int = Field(42, description="seed of order, sampling and initialisation")
+    full_determinism_enable: bool = Field(False, description="deterministic kernels")
+
+
+class DeepspeedConfig(Section):
+    """`--ds.*`: the strategy of the student's ranks."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
+    param_dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="type of the student's parameters")
+    attn_implementation: str = Field(
+        "auto", description="attention; auto: flash_attention_2 where flash-attn is installed, else sdpa"
+    )
+    packing_samples: bool = Field(False, description="pack the rows of a micro-batch into one sequence")
+    adam_offload: bool = Field(False, description="optimizer states in host memory")
+    zpg: PositiveInt = Field(1, description="ZeRO++ partition size")
+    overlap_comm: bool = Field(False, description="overlap communication with the backward pass")
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="type in which gradients accumulate"
+    )
+    use_universal_ckpt: bool = Field(False, description="load DeepSpeed universal checkpoints")
+
+
+class CkptConfig(Section):
+    """`--ckpt.*`: output and checkpoints."""
+
+    output_dir: str = Field("./ckpt", description="folder of the run: student, metrics, report")
+    path: str | None = Field(None, description="folder of the checkpoints; none: <ckpt.output_dir>/checkpoints")
+    save_steps: Interval = Field(-1, description="checkpoint every so many steps; -1: only at the end")
+    save_hf: bool = Field(False, description="also save each checkpoint as a Hugging Face model")
+    disable_ds: bool = Field(False, description="no DeepSpeed checkpoints")
+    max_num: PositiveInt = Field(3, description="checkpoints kept")
+    max_mem: Positive = Field(float("inf"), allow_inf_nan=True, description="GB of checkpoints kept")
+    load_enable: bool = Field(False, description="start from checkpoints of another run in ckpt.path")
+    best_metric_key: str = Field(
+        "", description="validation metric that selects the student, higher is better; empty: rouge_l"
+    )
+
+
+class EvalConfig(Section):
+    """`--eval.*`: validation while training, and the final evaluation."""
+
+    dataset: str | None = Field(None, description="validation data set, for selection")
+    split: str = Field("train", description="split of the validation and test data sets")
+    steps: Interval = Field(-1, description="validate every so many steps; -1: once an epoch")
+    max_samples: PositiveInt | None = Field(None, description="at most so many validation records")
+    test_datasets: str | None = Field(None, description="name=path of the final evaluation, comma-separated")
+    seeds: list[int] = Field([10, 20, 30, 40, 50], description="sampling seeds of the final evaluation")
+    temperature: NonNegative = Field(1.0, description="sampling temperature")
+    top_p: Probability = Field(1.0, description="nucleus of the sampler")
+    max_new_tokens: PositiveInt | None = Field(None, description="longest response; none: what data.max_len leaves")
+    checker: str | None = Field(None, description="package.module:function(record, response) -> bool, exact accuracy")
+    teacher_nll: bool = Field(False, description="also score the samples by the teacher")
+    num_examples: Annotated[int, Field(ge=0)] = Field(8, description="responses shown in the report")
+
+
+class WandbConfig(Section):
+    key: str | None = Field(None, description="Weights & Biases key; better in WANDB_API_KEY")
+    org: str | None = Field(None, description="entity")
+    group: str | None = Field(None, description="group")
+    project: str = Field("openrlhf_bd", description="project")
+    run_name: str | None = Field(None, description="run name; none: name of the output folder")
+
+
+class LoggerConfig(Section):
+    """`--logger.*`: metrics."""
+
+    logging_steps: PositiveInt = Field(1, description="write metrics every so many steps")
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    tensorboard_dir: str | None = Field(None, description="TensorBoard folder; none: <ckpt.output_dir>/tensorboard")
+
+
+class ClusterConfig(Section):
+    """`--cluster.*`: Ray, and how long to wait for what."""
+
+    start_timeout_s: Positive = Field(900.0, description="longest wait for actors to start and load models, seconds")
+    step_timeout_s: Positive = Field(1800.0, description="longest wait for one training step, seconds")
+    generate_timeout_s: Positive = Field(3600.0, description="longest wait for one batch of responses, seconds")
+
+
+class Config(Section):
+    """The whole configuration of a job."""
+
+    algo: AlgoConfig = Field(default_factory=AlgoConfig)
+    actor: ActorConfig = Field(default_factory=ActorConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    ds: DeepspeedConfig = Field(default_factory=DeepspeedConfig)
+    ckpt: CkptConfig = Field(default_factory=CkptConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    logger: LoggerConfig = Field(default_factory=LoggerConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    trust_remote_code: bool = Field(False, description="run Python code that a model folder brings")

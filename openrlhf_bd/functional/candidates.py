@@ -1,0 +1,263 @@
+"""Top-p candidate sets of many states, ragged: from logits (Def. 1), from a store, or cut to a smaller p."""
+
+# S states, S1 = S + 1, V vocabulary, M candidates of all states, K tokens looked at in a tier, R rows of a tier,
+# A ids that are always included
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openrlhf_bd.functional.segments import segment_cumsum_before, segment_logsumexp, segment_sum
+from openrlhf_bd.records import RecordedSets
+
+TIERS = (128, 2048)  # most sets fit the first; the few rows of a flat distribution go on
+AMBIGUOUS = 2e-6  # bound on the relative error of a float32 partition function
+SORT_ELEMENTS = 1 << 24  # largest [rows, V] block that is sorted at once
+
+
+@dataclass(frozen=True)
+class CandidateSets:
+    """Candidate sets of S states, flattened (CSR). Candidates are in descending order of teacher probability.
+
+    Attributes:
+        ids_M: candidate token ids, int64.
+        offsets_S1: state s owns ids_M[offsets_S1[s]:offsets_S1[s + 1]], int64.
+        neg_log_mass_S: -log of the teacher's mass on each set, nats, >= 0.
+        logprobs_M: the teacher's log-probability of each candidate, nats, or None if not recorded.
+    """
+
+    ids_M: Tensor
+    offsets_S1: Tensor
+    neg_log_mass_S: Tensor
+    logprobs_M: Tensor | None
+
+    @property
+    def num_states(self) -> int:
+        return len(self.offsets_S1) - 1
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.ids_M)
+
+    @cached_property
+    def sizes_S(self) -> Tensor:
+        """Number of candidates of each state."""
+        return self.offsets_S1.diff()
+
+    @cached_property
+    def state_M(self) -> Tensor:
+        """State of each candidate, non-decreasing."""
+        states_S = torch.arange(self.num_states, device=self.ids_M.device)
+        return torch.repeat_interleave(states_S, self.sizes_S, output_size=self.num_candidates)
+
+    def to(self, device: torch.device | str) -> CandidateSets:
+        """The same sets with tensors on `device`."""
+        logprobs_M = None if self.logprobs_M is None else self.logprobs_M.to(device)
+        return CandidateSets(
+            self.ids_M.to(device), self.offsets_S1.to(device), self.neg_log_mass_S.to(device), logprobs_M
+        )
+
+    @staticmethod
+    def from_recorded(recorded: Sequence[RecordedSets]) -> CandidateSets:
+        """Concatenate the sets of rows in the order given.
+
+        Args:
+            recorded: sets of each row of a micro-batch; log-probabilities in all of them or in none.
+
+        Returns:
+            CPU tensors; S is the sum of the rows' states.
+
+        Raises:
+            ValueError: no row, or only some rows have log-probabilities.
+        """
+        if not recorded:
+            raise ValueError("no row: a micro-batch needs at least one")
+        logprobs = [row.logprobs_M for row in recorded if row.logprobs_M is not None]
+        if logprobs and len(logprobs) != len(recorded):
+            raise ValueError(
+                f"{len(logprobs)} of {len(recorded)} rows have the candidates' log-probabilities; all or none must"
+            )
+        offsets_S1 = np.concatenate([[0], np.cumsum(np.concatenate([row.sizes_S for row in recorded]))])
+        return CandidateSets(
+            ids_M=torch.from_numpy(np.concatenate([row.ids_M for row in recorded]).astype(np.int64)),
+            offsets_S1=torch.from_numpy(offsets_S1.astype(np.int64)),
+            neg_log_mass_S=torch.from_numpy(
+                np.concatenate([row.neg_log_mass_S for row in recorded]).astype(np.float32)
+            ),
+            logprobs_M=torch.from_numpy(np.concatenate(logprobs).astype(np.float32)) if logprobs else None,
+        )
+
+
+@torch.no_grad()
+def top_p_candidates(logits_SV: Tensor, *, top_p: float, always_include: Sequence[int] = ()) -> CandidateSets:
+    """Top-p candidate sets of a teacher, inclusive of the token that crosses p (Def. 1).
+
+    A_p(s) = { k-th token : mass strictly before it < p },  tokens by descending probability, ties by lower id
+
+    Masses are float64. The partition function is first taken in float32, and in float64 for the rows where that
+    could change a set. Only rows whose set does not end within the first 128 tokens are searched further, and only
+    rows beyond 2,048 are sorted (all rows are where top_p = 1).
+
+    Args:
+        logits_SV: teacher's logits, [S, V], any float type, finite or -inf.
+        top_p: p in (0, 1]; 1 gives all V tokens.
+        always_include: ids that belong to every set; where outside the top-p set they follow it, by descending
+            probability.
+
+    Returns:
+        Sets on the device of the logits; log-probabilities and masses at temperature 1, float32.
+
+    Raises:
+        ValueError: top_p or an id is out of range, or a row has NaN, +inf or no finite logit.
+    """
+    num_states, vocab_size = logits_SV.shape
+    always_A = torch.tensor(sorted(set(always_include)), dtype=torch.int64, device=logits_SV.device)
+    _check_top_p_arguments(top_p, always_include, vocab_size)
+    z_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
+    max_S = z_SV.amax(dim=-1)
+    total_S = torch.exp(z_SV - max_S[:, None]).sum(dim=-1, dtype=torch.float64)
+    if not bool(torch.isfinite(total_S).all()):
+        row = int(torch.nonzero(~torch.isfinite(total_S))[0])
+        raise ValueError(f"row {row} of the logits has NaN, +inf or no finite value; every row needs finite logits")
+
+    parts = list(_top_p_tiers(z_SV, max_S.double(), total_S, top_p))
+    size_S = torch.zeros(num_states, dtype=torch.int64, device=z_SV.device)
+    last_id_S, last_z_S = torch.zeros_like(size_S), torch.zeros_like(max_S)
+    for rows_R, ids_RK, size_R in parts:
+        last_R = ids_RK.gather(1, size_R[:, None] - 1)[:, 0]
+        size_S[rows_R], last_id_S[rows_R], last_z_S[rows_R] = size_R, last_R, z_SV[rows_R, last_R]
+
+    extra_ids_SA, extra_SA = _missing_ids(z_SV, always_A, last_id_S, last_z_S)
+    offsets_S1 = torch.cat([size_S.new_zeros(1), torch.cumsum(size_S + extra_SA.sum(dim=1), 0)])
+    ids_M = torch.empty(int(offsets_S1[-1]), dtype=torch.int64, device=z_SV.device)
+    for rows_R, ids_RK, size_R in parts:
+        _write_rows(
+            ids_M, offsets_S1[rows_R], ids_RK, torch.arange(ids_RK.shape[1], device=z_SV.device) < size_R[:, None]
+        )
+    _write_rows(ids_M, offsets_S1[:-1] + size_S, extra_ids_SA, extra_SA)
+
+    sets = CandidateSets(ids_M, offsets_S1, max_S.float(), None)
+    logits_M = z_SV[sets.state_M, ids_M].double() - max_S.double()[sets.state_M]
+    mass_S = segment_sum(torch.exp(logits_M), sets.state_M, num_states)
+    neg_log_mass_S = (torch.log(total_S) - torch.log(mass_S)).clamp(min=0.0)
+    if top_p >= 1:
+        neg_log_mass_S.zero_()
+    logprobs_M = logits_M - torch.log(total_S)[sets.state_M]
+    return CandidateSets(ids_M, offsets_S1, neg_log_mass_S.float(), logprobs_M.float())
+
+
+def restrict_top_p(sets: CandidateSets, *, top_p: float, always_include: Sequence[int] = ()) -> CandidateSets:
+    """Cut recorded sets to a smaller p, from their log-probabilities.
+
+    A candidate stays if the mass strictly before it is < p, or if it is always included; sets never grow, so `top_p`
+    is at most the p that they were recorded with. Rounded log-probabilities (float16 in a store) move a boundary
+    that lies within their error of p.
+
+    Args:
+        sets: recorded sets, in descending order, with log-probabilities.
+        top_p: new p in (0, 1]; 1 keeps every candidate.
+        always_include: ids that stay in every set; each must be in every recorded set.
+
+    Returns:
+        Smaller sets in the same order; masses are recomputed from the log-probabilities.
+
+    Raises:
+        ValueError: no log-probabilities, top_p out of range, or an id that some set lacks.
+    """
+    if sets.logprobs_M is None:
+        raise ValueError("these sets were recorded without log-probabilities, so they cannot be cut to a smaller top_p")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
+    mass_M = torch.exp(sets.logprobs_M.double())
+    before_M = segment_cumsum_before(mass_M, sets.offsets_S1, sets.state_M)
+    keep_M = (before_M < top_p) if top_p < 1 else torch.ones_like(before_M, dtype=torch.bool)
+    # A difference of sums can leave the first candidate a rounding error above 0, never above p; it stays all the same.
+    keep_M |= sets.state_M.diff(prepend=sets.state_M.new_full((1,), -1)) > 0
+    for token_id in sorted(set(always_include)):
+        found_M = sets.ids_M == token_id
+        num_found = int(found_M.sum())
+        if num_found != sets.num_states:
+            raise ValueError(
+                f"id {token_id} is in {num_found} of {sets.num_states} recorded sets; an id that is always included "
+                "must have been recorded in all of them"
+            )
+        keep_M |= found_M
+    state_M, logprobs_M = sets.state_M[keep_M], sets.logprobs_M[keep_M]
+    sizes_S = torch.bincount(state_M, minlength=sets.num_states)
+    mass_S = segment_logsumexp(logprobs_M.double(), state_M, sets.num_states)
+    return CandidateSets(
+        ids_M=sets.ids_M[keep_M],
+        offsets_S1=torch.cat([sizes_S.new_zeros(1), torch.cumsum(sizes_S, 0)]),
+        neg_log_mass_S=(-mass_S).clamp(min=0.0).to(sets.neg_log_mass_S.dtype),
+        logprobs_M=logprobs_M,
+    )
+
+
+def _check_top_p_arguments(top_p: float, always_include: Sequence[int], vocab_size: int) -> None:
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
+    outside = [token_id for token_id in always_include if not 0 <= token_id < vocab_size]
+    if outside:
+        raise ValueError(f"always_include has {outside}; ids must be in [0, {vocab_size})")
+
+
+def _top_p_tiers(z_SV: Tensor, max_S: Tensor, total_S: Tensor, top_p: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (rows_R, ids_RK, size_R): the set of row rows_R[i] is ids_RK[i, :size_R[i]]. Refines total_S in place."""
+    vocab_size = z_SV.shape[1]
+    rows_R = torch.arange(len(z_SV), device=z_SV.device)
+    for num_tokens in () if top_p >= 1 else (k for k in TIERS if k < vocab_size):
+        if not len(rows_R):
+            return
+        z_RV = z_SV if len(rows_R) == len(z_SV) else z_SV[rows_R]
+        z_RK, ids_RK = _largest(z_RV, num_tokens)
+        size_R = _set_sizes(z_RK, z_SV, max_S, total_S, rows_R, top_p)
+        # A set that ends among tokens equal to the last one seen may owe its place to ids that were not seen.
+        inside_R = z_RK.gather(1, (size_R[:, None] - 1).clamp(max=num_tokens - 1))[:, 0] > z_RK[:, -1]
+        yield rows_R[inside_R], ids_RK[inside_R], size_R[inside_R]
+        rows_R = rows_R[~inside_R]
+    for block_R in rows_R.split(max(1, SORT_ELEMENTS // vocab_size)):
+        z_RK, ids_RK = z_SV[block_R].sort(dim=1, descending=True, stable=True)
+        size_R = _set_sizes(z_RK, z_SV, max_S, total_S, block_R, top_p).clamp(max=vocab_size)
+        yield block_R, ids_RK, size_R
+
+
+def _largest(z_RV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row and their ids, descending, ties by lower id."""
+    z_RK, ids_RK = z_RV.topk(num_tokens, dim=1)
+    ids_RK, order_RK = ids_RK.sort(dim=1)
+    z_RK, order_RK = z_RK.gather(1, order_RK).sort(dim=1, descending=True, stable=True)
+    return z_RK, ids_RK.gather(1, order_RK)
+
+
+def _set_sizes(z_RK: Tensor, z_SV: Tensor, max_S: Tensor, total_S: Tensor, rows_R: Tensor, top_p: float) -> Tensor:
+    """Number of tokens with mass < p before them, K + 1 where the K tokens hold less than p."""
+    mass_RK = torch.exp(z_RK.double() - max_S[rows_R, None]).cumsum(dim=1)
+    if top_p >= 1:
+        return torch.full_like(rows_R, z_RK.shape[1])
+    threshold_R1 = top_p * total_S[rows_R, None]
+    unsure_R = ((mass_RK - threshold_R1).abs() < AMBIGUOUS * threshold_R1).any(dim=1)
+    if z_SV.dtype != torch.float64 and bool(unsure_R.any()):
+        for block in rows_R[unsure_R].split(max(1, SORT_ELEMENTS // z_SV.shape[1])):
+            total_S[block] = torch.exp(z_SV[block].double() - max_S[block, None]).sum(dim=1)
+        threshold_R1 = top_p * total_S[rows_R, None]
+    return 1 + (mass_RK < threshold_R1).sum(dim=1)
+
+
+def _missing_ids(z_SV: Tensor, always_A: Tensor, last_id_S: Tensor, last_z_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Always-included ids by descending logit (ties by lower id), and which of them lie outside the set of a state."""
+    z_SA, order_SA = z_SV[:, always_A].sort(dim=1, descending=True, stable=True)
+    ids_SA = always_A[order_SA]
+    last_z_S1, last_id_S1 = last_z_S[:, None], last_id_S[:, None]
+    return ids_SA, (z_SA < last_z_S1) | ((z_SA == last_z_S1) & (ids_SA > last_id_S1))
+
+
+def _write_rows(ids_M: Tensor, start_R: Tensor, ids_RK: Tensor, mask_RK: Tensor) -> None:
+    """Put the masked ids of each row one after another from start_R on."""
+    position_RK = start_R[:, None] + mask_RK.cumsum(dim=1) - 1
+    ids_M[position_RK[mask_RK]] = ids_RK[mask_RK]

@@ -1,0 +1,81 @@
+"""The nouns that cross processes: prompts, rollouts and the candidate sets recorded for them. NumPy only.
+
+Shapes: T response tokens of one row, S states with a recorded set (T, or T + 1 where a truncated response also has
+the set of the state after its last token), M candidates of one row, flattened over its states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of the data set, tokenised.
+
+    Attributes:
+        prompt_id: stable name of the prompt within its data set; row ids are made from it.
+        token_ids: prompt as the student sees it.
+        record: the data set's own record (instruction, input, reference, ...), for evaluation and reports.
+    """
+
+    prompt_id: str
+    token_ids: NDArray[np.int32]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedSets:
+    """Top-p candidate sets of the states of one row, ragged (CSR), as the teacher's engine recorded them.
+
+    The candidates of a state are in descending order of teacher probability (ties by lower id). Ids that are always
+    included and lie outside the top-p set come last, which keeps the order.
+
+    Attributes:
+        ids_M: candidate token ids.
+        offsets: S + 1 positions in ids_M; state s owns ids_M[offsets[s]:offsets[s + 1]].
+        neg_log_mass_S: -log of the teacher's mass on each set, nats, >= 0.
+        logprobs_M: the teacher's log-probability of every candidate at temperature 1, or None if not recorded.
+    """
+
+    ids_M: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    neg_log_mass_S: NDArray[np.float32]
+    logprobs_M: NDArray[np.float32] | None
+
+    @property
+    def num_states(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes_S(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One response to one prompt: a row of the store.
+
+    Attributes:
+        row_id: "<prompt_id>:<sample>", unique in a store.
+        prompt_ids: prompt tokens.
+        response_ids: response tokens, the stop token included where it was produced; at least one.
+        finish_reason: "stop" if the last token is a stop token, "length" if the response was cut.
+        logprobs_T: the teacher's log-probability of each response token at temperature 1, or None (gold responses).
+        sets: candidate sets, T of them, or T + 1 for a cut response whose following state was recorded too; None where
+            the algorithm needs none.
+    """
+
+    row_id: str
+    prompt_ids: NDArray[np.int32]
+    response_ids: NDArray[np.int32]
+    finish_reason: FinishReason
+    logprobs_T: NDArray[np.float32] | None = None
+    sets: RecordedSets | None = None
