@@ -1,0 +1,12 @@
+"""The data on disk between teacher and student: a folder of sealed Parquet shards and a manifest.
+
+`StoreWriter` appends rollouts and can be killed at any moment; `StoreReader` gives them back in an order that depends
+on the row ids alone; `summary` says what is in a store. See `shards` for the columns, `manifest` for `manifest.json`.
+"""
+
+from openrlhf_bd.store.manifest import StoreManifest
+from openrlhf_bd.store.reader import StoreReader
+from openrlhf_bd.store.statistics import StoreSummary, summary
+from openrlhf_bd.store.writer import StoreWriter
+
+__all__ = ["StoreManifest", "StoreReader", "StoreSummary", "StoreWriter", "summary"]

@@ -1,0 +1,202 @@
+"""`manifest.json`: what a store holds, how it was made, and which shards are sealed.
+
+    {"format_version": 1, "store_id": "...", "complete": false, "manifest": {...}, "shards": [{...}], "checksum": "..."}
+
+It is replaced in one step each time a shard is sealed, so it is a consistent snapshot at any moment: rows exist when
+it lists their shard, and not before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from openrlhf_bd.errors import RunFolderError, StoreError
+from openrlhf_bd.store.files import write_text
+from openrlhf_bd.store.fingerprints import fingerprint_json
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+# Recorded for people; two stores that differ in these alone hold the same kind of rows.
+NOT_IDENTITY = ("versions", "created")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoreManifest(_Frozen):
+    """What the rows of a store are. All but `versions` and `created` is its identity.
+
+    Attributes:
+        kind: "teacher" (responses of the teacher) or "gold" (the data set's own).
+        fingerprints: name -> fingerprint of what the rows depend on: "tokenizer", "prompts", "teacher", ...
+        top_p: mass p of the candidate sets (Def. 1), or None if the rows have none.
+        always_include: token ids that belong to every candidate set.
+        has_logprobs: the candidates' log-probabilities are recorded too.
+        sampling: parameters by which the responses were sampled.
+        num_prompts: prompts that the finished store covers.
+        n_samples_per_prompt: responses to each.
+        versions: package -> version that made the first row.
+        created: UTC time, ISO 8601.
+    """
+
+    kind: Literal["teacher", "gold"]
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    always_include: tuple[int, ...] = ()
+    has_logprobs: bool = False
+    sampling: dict[str, JsonValue] = Field(default_factory=dict)
+    num_prompts: int = Field(gt=0)
+    n_samples_per_prompt: int = Field(1, gt=0)
+    versions: dict[str, str] = Field(default_factory=dict)
+    created: str = Field(default_factory=_now)
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Self:
+        if self.kind == "gold" and self.has_sets:
+            raise ValueError(f"gold rows have no candidate sets, so top_p must be None; found {self.top_p}")
+        if not self.has_sets and (self.has_logprobs or self.always_include):
+            raise ValueError("has_logprobs and always_include describe candidate sets; expected top_p beside them")
+        return self
+
+    @property
+    def has_sets(self) -> bool:
+        return self.top_p is not None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the finished store."""
+        return self.num_prompts * self.n_samples_per_prompt
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for rows to go into the same store: dotted key -> JSON value."""
+        return _flatten(self.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
+
+    def differences(self, expected: StoreManifest) -> list[str]:
+        """Each key of the identity in which this manifest differs: "key: found ..., expected ..."."""
+        here, there = self.identity(), expected.identity()
+        keys = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+        return [f"{key}: found {here.get(key)!r}, expected {there.get(key)!r}" for key in keys]
+
+    def require_equal(self, expected: StoreManifest, folder: Path) -> None:
+        """Refuse a store that is not the expected one.
+
+        Raises:
+            RunFolderError: some key of the identity differs; the message lists each.
+        """
+        differing = self.differences(expected)
+        if differing:
+            raise RunFolderError(
+                f"{folder}: the store there was made otherwise than this job needs:\n  "
+                + "\n  ".join(differing)
+                + "\nName another path for this job, or change its options to those found; nothing was changed"
+            )
+
+
+class ShardEntry(_Frozen):
+    """One sealed shard. Counts are over its rows; `num_states` are states with a candidate set.
+
+    `footer_sha256` is that of Parquet's footer (where the columns lie, and how they are encoded): it is checked
+    whenever the shard is opened, since pages carry checksums and the footer carries none.
+    """
+
+    file: str
+    num_rows: int
+    num_prompt_tokens: int
+    num_response_tokens: int
+    num_states: int
+    num_candidates: int
+    size_bytes: int
+    sha256: str
+    footer_sha256: str
+
+
+class StoreState(_Frozen):
+    """The content of `manifest.json`.
+
+    Attributes:
+        store_id: drawn when the store was created and written into each shard, so that a foreign shard is noticed.
+        complete: all rows are there; nothing will be added.
+        manifest: what the rows are.
+        shards: sealed shards, in the order in which they were sealed.
+    """
+
+    format_version: int = FORMAT_VERSION
+    store_id: str
+    complete: bool = False
+    manifest: StoreManifest
+    shards: tuple[ShardEntry, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    def save(self, folder: Path) -> None:
+        """Replace the folder's manifest in one step.
+
+        Raises:
+            OSError: the disk is full or failing; the old manifest is still there.
+        """
+        content = self.model_dump(mode="json")
+        text = json.dumps(content | {"checksum": fingerprint_json(content)}, indent=1, ensure_ascii=False)
+        write_text(folder / MANIFEST_FILE, text + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read and check the folder's manifest.
+
+        Raises:
+            StoreError: it is missing, damaged, or of another format version.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise StoreError(
+                f"{path}: not found; expected a store (made by `openrlhf-bd generate`). Check the path"
+            ) from None
+        except ValueError as error:
+            raise _damaged(path, f"not JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise _damaged(path, "not a JSON object")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{path}: format version {version!r}, expected {FORMAT_VERSION}; "
+                "read it with the version of openrlhf_bd that wrote it, or generate the data again at another path"
+            )
+        found, expected = content.pop("checksum", None), fingerprint_json(content)
+        if found != expected:
+            raise _damaged(path, f"its checksum is {found!r}, its content gives {expected!r}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, finding: str) -> StoreError:
+    return StoreError(
+        f"{path}: damaged or edited by hand: {finding}. "
+        "Restore it from a copy, or generate the data again at another path"
+    )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

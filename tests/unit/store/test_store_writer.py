@@ -1,0 +1,279 @@
+"""A store survives crashes, repetition and rivals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openrlhf_bd.errors import RunFolderError, StoreError
+from openrlhf_bd.records import Rollout
+from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
+from tests.unit.store.rows import (
+    assert_same_rollout,
+    gold_row,
+    recorded_sets,
+    teacher_manifest,
+    teacher_row,
+    teacher_rows,
+)
+
+
+def die_while_writing(folder: Path, fatal_name: str, moment: str) -> None:
+    """Run a writer process that ends at the given point, and check that it did end there."""
+    dead = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("dying_writer.py")), str(folder), fatal_name, moment],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert dead.returncode == 91, dead.stderr
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fatal_name", "moment", "num_sealed"),
+    [
+        ("shard-00001.parquet", "before", 6),  # the second shard is written, but has no name
+        ("shard-00001.parquet", "after", 6),  # it has its name, but the manifest does not list it
+        ("manifest.json", "before", 6),  # the manifest that lists it is written, but has no name
+        ("manifest.json", "after", 12),  # all is done but the writer's memory of it
+    ],
+)
+def test_killed_writer_is_resumed(tmp_path: Path, fatal_name: str, moment: str, num_sealed: int) -> None:
+    """A writer that dies at any point between shards is continued by the next one: every row is there once."""
+    folder = tmp_path / "store"
+    die_while_writing(folder, fatal_name, moment)
+    with pytest.raises(StoreError, match=f"unfinished: {num_sealed} of 20 rows"):
+        StoreReader(folder)
+    assert len(StoreReader(folder, require_complete=False)) == num_sealed
+
+    with StoreWriter(folder, teacher_manifest(), rows_per_shard=6) as writer:
+        assert len(writer.completed_row_ids()) == num_sealed
+        assert not [name for name in names(folder) if name.endswith(".tmp")]
+        assert writer.append(teacher_rows()) == 20 - num_sealed
+    reader = StoreReader(folder)
+    for found, expected in zip(reader.rollouts(range(20)), teacher_rows(), strict=True):
+        assert_same_rollout(found, expected)
+    assert [name for name in names(folder) if name.endswith("parquet")] == [f"shard-{n:05d}.parquet" for n in range(4)]
+    reader.verify()
+
+
+def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
+    """Half-written files of a dead writer are no rows, and the next writer removes them."""
+    StoreWriter(tmp_path, teacher_manifest(), 4).suspend()
+    for name in ("shard-00000.parquet.tmp", "manifest.json.tmp"):
+        (tmp_path / name).write_bytes(b"half a fi")
+    assert len(StoreReader(tmp_path, require_complete=False)) == 0
+    StoreWriter(tmp_path, teacher_manifest(), 4).suspend()
+    assert names(tmp_path) == [".lock", "manifest.json"]
+
+
+def test_crash_before_the_first_manifest(tmp_path: Path) -> None:
+    """A folder that holds only a dead writer's first steps is taken as new."""
+    (tmp_path / "manifest.json.tmp").write_text("{", encoding="utf-8")
+    (tmp_path / ".lock").touch()
+    with StoreWriter(tmp_path, teacher_manifest()) as writer:
+        writer.append(teacher_rows())
+    assert len(StoreReader(tmp_path)) == 20
+
+
+def test_appending_twice_changes_nothing(tmp_path: Path) -> None:
+    """A row that is buffered or sealed already is dropped, within one call, between calls and between writers."""
+    first, again = teacher_row(0), teacher_row(0, num_tokens=2)
+    writer = StoreWriter(tmp_path, teacher_manifest(num_prompts=2, n_samples_per_prompt=1), 4)
+    assert writer.append([first, again]) == 1
+    assert writer.append([again]) == 0
+    writer.flush()
+    assert writer.append([again]) == 0
+    writer.suspend()
+    with StoreWriter(tmp_path, teacher_manifest(num_prompts=2, n_samples_per_prompt=1), 4) as writer:
+        assert writer.append([again, teacher_row(1)]) == 1
+    assert_same_rollout(StoreReader(tmp_path).rollouts([0])[0], first)
+
+
+def test_completed_rows_are_the_sealed_ones(tmp_path: Path) -> None:
+    """Only rows that would survive a crash are reported as completed; `flush` makes the buffered ones so."""
+    with StoreWriter(tmp_path, teacher_manifest(num_prompts=3, n_samples_per_prompt=1), 2) as writer:
+        writer.append([teacher_row(0), teacher_row(1), teacher_row(2)])
+        assert writer.completed_row_ids() == {"train:0:0", "train:1:0"}
+        writer.flush()
+        assert writer.completed_row_ids() == {"train:0:0", "train:1:0", "train:2:0"}
+        writer.flush()
+    assert [name for name in names(tmp_path) if name.endswith("parquet")] == [
+        "shard-00000.parquet",
+        "shard-00001.parquet",
+    ]
+
+
+def test_exception_leaves_the_store_unfinished(tmp_path: Path) -> None:
+    """An exception that leaves the block keeps the rows so far, and does not mark the store complete."""
+
+    def produce() -> None:
+        with StoreWriter(tmp_path, teacher_manifest()) as writer:
+            writer.append(teacher_rows()[:3])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce()
+    with pytest.raises(StoreError, match="unfinished: 3 of 20"):
+        StoreReader(tmp_path)
+    with StoreWriter(tmp_path, teacher_manifest()) as writer:
+        assert len(writer.completed_row_ids()) == 3
+        writer.append(teacher_rows())
+    assert StoreReader(tmp_path).complete
+
+
+def test_missing_rows_do_not_make_a_complete_store(tmp_path: Path) -> None:
+    """Closing with fewer rows than promised is an error that says how many; the rows are kept."""
+    writer = StoreWriter(tmp_path, teacher_manifest())
+    writer.append(teacher_rows()[:19])
+    with pytest.raises(StoreError, match=r"19 rows, expected 20 \(10 prompts with 2 responses each\)"):
+        writer.close()
+    assert len(StoreReader(tmp_path, require_complete=False)) == 19
+
+
+def test_complete_store_takes_no_new_rows(tmp_path: Path) -> None:
+    """A complete store can be opened again and repeated, but not added to."""
+    with StoreWriter(tmp_path, teacher_manifest()) as writer:
+        writer.append(teacher_rows())
+    with StoreWriter(tmp_path, teacher_manifest()) as writer:
+        assert writer.complete
+        assert writer.append(teacher_rows()) == 0
+        with pytest.raises(StoreError, match="row 'train:77:0' is new, but the store is complete with 20 rows"):
+            writer.append([teacher_row(77)])
+    assert len(StoreReader(tmp_path)) == 20
+
+
+def test_other_manifest_is_refused_key_by_key(tmp_path: Path) -> None:
+    """A store made otherwise is refused; the message lists each differing key, both values, and what to do."""
+    StoreWriter(tmp_path, teacher_manifest()).suspend()
+    before = (tmp_path / "manifest.json").read_bytes()
+    other = teacher_manifest(top_p=0.95, fingerprints={"tokenizer": "a1", "teacher": "c3"}, sampling={"seed": 42})
+    with pytest.raises(RunFolderError) as caught:
+        StoreWriter(tmp_path, other)
+    message = str(caught.value)
+    assert "fingerprints.teacher: found 'b2', expected 'c3'" in message
+    assert "sampling.temperature: found 1.0, expected None" in message
+    assert "top_p: found 0.8, expected 0.95" in message
+    assert "tokenizer" not in message
+    assert "Name another path" in message
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    # The refused writer holds no lock.
+    StoreWriter(tmp_path, teacher_manifest()).suspend()
+
+
+def test_versions_are_no_identity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another version of the software continues a store, with a warning."""
+    StoreWriter(tmp_path, teacher_manifest(versions={"vllm": "1"}, created="then")).suspend()
+    with caplog.at_level(logging.WARNING):
+        StoreWriter(tmp_path, teacher_manifest(versions={"vllm": "2"}, created="now")).suspend()
+    assert "'vllm': '1'" in caplog.text
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    """Two writers never share a folder: the second is told which process holds it, and may come later."""
+    first = StoreWriter(tmp_path, teacher_manifest())
+    with pytest.raises(RunFolderError, match=f"process {os.getpid()} on .* is writing to this store"):
+        StoreWriter(tmp_path, teacher_manifest())
+    first.suspend()
+    StoreWriter(tmp_path, teacher_manifest()).suspend()
+
+
+def test_dead_writer_holds_no_lock(tmp_path: Path) -> None:
+    """The lock of a process that has ended, however it ended, keeps nobody out."""
+    die_while_writing(tmp_path, "none", "after")
+    StoreWriter(tmp_path, teacher_manifest()).suspend()
+
+
+def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    """A folder with other files, or a file, is not written to."""
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match=r"thesis\.tex"):
+        StoreWriter(tmp_path, teacher_manifest())
+    assert names(tmp_path) == ["thesis.tex"]
+    with pytest.raises(RunFolderError, match="found a file, expected a folder"):
+        StoreWriter(tmp_path / "thesis.tex", teacher_manifest())
+    with pytest.raises(StoreError, match="can't be written"):
+        StoreWriter(tmp_path / "thesis.tex" / "store", teacher_manifest())
+
+
+def test_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing disk gives one error that names the file; rows sealed before and after it are kept."""
+
+    def full_disk(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = StoreWriter(tmp_path, teacher_manifest(), 4)
+    writer.append(teacher_rows()[:4])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_disk)
+        with (
+            pytest.raises(StoreError, match=r"shard-00001\.parquet: could not be written.*No space.*make room"),
+            writer,
+        ):
+            writer.append(teacher_rows()[:8])
+    with StoreWriter(tmp_path, teacher_manifest(), 4) as writer:
+        assert len(writer.completed_row_ids()) == 4
+        writer.append(teacher_rows())
+    assert len(StoreReader(tmp_path)) == 20
+
+
+def bad_rows() -> list[tuple[Rollout, str]]:
+    good = teacher_row(0)
+    ids = good.response_ids
+    return [
+        (gold_row(0), "found no candidate sets"),
+        (Rollout("x", ids, ids[:0], "stop", None, recorded_sets([1], 0)), "no response token"),
+        (Rollout("x", ids, ids, "stop", None, recorded_sets([1] * 4, 0)), "4 candidate sets, expected 5 or 6"),
+        (Rollout("x", ids, ids, "stop", None, recorded_sets([1] * 7, 0)), "7 candidate sets, expected 5 or 6"),
+        (Rollout("x", ids, ids, "stop", np.zeros(4, np.float32), good.sets), "4 log-probabilities, expected 5"),
+        (Rollout("x", ids, ids, "stop", np.full(5, np.nan, np.float32), good.sets), "expected 5 numbers"),
+        (Rollout("x", ids, ids, "stop", None, recorded_sets([1] * 5, 0, has_logprobs=False)), "has_logprobs"),
+    ]
+
+
+@pytest.mark.parametrize(("row", "finding"), bad_rows())
+def test_malformed_rows_are_refused(tmp_path: Path, row: Rollout, finding: str) -> None:
+    """A row that does not fit the manifest or itself is refused by name, and its whole batch with it."""
+    writer = StoreWriter(tmp_path, teacher_manifest())
+    with pytest.raises(ValueError, match=f"row '{row.row_id}': found .*{finding}|{finding}"):
+        writer.append([teacher_row(5), row])
+    assert writer.append([teacher_row(5)]) == 1
+    writer.suspend()
+    with pytest.raises(ValueError, match="closed"):
+        writer.append([])
+
+
+def test_gold_store_refuses_teacher_rows(tmp_path: Path) -> None:
+    """Teacher's log-probabilities and sets don't slip into a gold store."""
+    writer = StoreWriter(tmp_path, StoreManifest(kind="gold", num_prompts=1))
+    with pytest.raises(ValueError, match="expected none in a gold store"):
+        writer.append([teacher_row(0)])
+    writer.suspend()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "gold", "top_p": 0.8},
+        {"kind": "teacher", "has_logprobs": True},
+        {"kind": "teacher", "always_include": (2,)},
+        {"kind": "teacher", "top_p": 0.0},
+        {"kind": "teacher", "no_such_key": 1},
+    ],
+)
+def test_contradictory_manifests_are_refused(fields: dict[str, object]) -> None:
+    """A manifest that contradicts itself can't be made."""
+    with pytest.raises(ValueError, match="1 validation error"):
+        StoreManifest.model_validate({"num_prompts": 1, **fields})
