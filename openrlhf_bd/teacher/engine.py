@@ -1,0 +1,158 @@
+"""The teacher's engine: rollouts with candidate sets, sampled anew or scored on given tokens.
+
+Shapes: T response tokens, S states with a set, R rollouts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openrlhf_bd.engines.actor import GenerationEngine
+from openrlhf_bd.errors import DataError
+from openrlhf_bd.records import Rollout
+from openrlhf_bd.teacher.recorder import generation_args, scoring_args
+from openrlhf_bd.teacher.states import NO_TOKEN, RecordedStates
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One response to sample from the teacher.
+
+    Attributes:
+        row_id: "<prompt_id>:<sample>".
+        prompt_ids: prompt tokens.
+        seed: of this request's sampler.
+        max_new_tokens: longest response.
+    """
+
+    row_id: str
+    prompt_ids: NDArray[np.int32]
+    seed: int
+    max_new_tokens: int
+
+
+class TeacherEngine(GenerationEngine):
+    """One engine that records what `RecordOptions` in its arguments ask for.
+
+    Args:
+        arguments: of `engine_arguments`, with `record`.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._rows = itertools.count()
+        super().__init__(arguments)
+
+    def generate_rollouts(
+        self, requests: Sequence[RolloutRequest], *, temperature: float, top_p: float
+    ) -> list[Rollout]:
+        """Sample one response to each request.
+
+        One token more than asked for is sampled where the model's length allows it: the candidate set of the state
+        after a cut response is recorded with it, and the token itself dropped.
+
+        Args:
+            requests: R requests.
+            temperature: of the sampler; sets and log-probabilities are at temperature 1 all the same.
+            top_p: nucleus of the sampler; it does not change what is recorded.
+
+        Returns:
+            R rollouts with log-probabilities, and with sets if the engine records them.
+
+        Raises:
+            DataError: a prompt is empty, or leaves less room than its max_new_tokens.
+        """
+        rows = [next(self._rows) for _ in requests]
+        params = [
+            self._sampling_params(
+                max_tokens=request.max_new_tokens + self._spare(len(request.prompt_ids) + request.max_new_tokens),
+                temperature=temperature,
+                top_p=top_p,
+                seed=request.seed,
+                extra_args=generation_args(row),
+            )
+            for row, request in zip(rows, requests, strict=True)
+        ]
+        outputs, recorded = self._run_recorded([request.prompt_ids for request in requests], params, rows)
+        return [
+            self._rollout(request, output.outputs[0].token_ids, states)
+            for request, output, states in zip(requests, outputs, recorded, strict=True)
+        ]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The teacher's log-probabilities and sets on given responses, from one pass over the tokens.
+
+        Args:
+            rollouts: R rollouts, of any origin.
+
+        Returns:
+            R rollouts of the same tokens with logprobs_T, and with sets if the engine records them: T of them, or T + 1
+            for a response cut at a length that leaves the model one more position.
+
+        Raises:
+            DataError: prompt and response together are longer than the engine takes, or one of them is empty.
+        """
+        rows = [next(self._rows) for _ in rollouts]
+        prompts, params = [], []
+        for row, rollout in zip(rows, rollouts, strict=True):
+            num_prompt, num_response = len(rollout.prompt_ids), len(rollout.response_ids)
+            if not num_prompt or not num_response:
+                raise DataError(
+                    f"row {rollout.row_id}: found {num_prompt} prompt and {num_response} response tokens, expected at "
+                    "least one of each to score"
+                )
+            # The last token's own state is only of use to a cut response.
+            spare = self._spare(num_prompt + num_response) if rollout.finish_reason == "length" else 0
+            tokens = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+            prompts.append(tokens if spare else tokens[:-1])
+            taken = [*rollout.response_ids.tolist(), *([NO_TOKEN] * spare)]
+            params.append(
+                self._sampling_params(
+                    max_tokens=1,
+                    temperature=0.0,
+                    # A cached prefix has no hidden states to score.
+                    skip_reading_prefix_cache=True,
+                    extra_args=scoring_args(row, first_state=num_prompt - 1, taken=taken),
+                )
+            )
+        _, recorded = self._run_recorded(prompts, params, rows)
+        return [_with_states(rollout, states) for rollout, states in zip(rollouts, recorded, strict=True)]
+
+    def _start(self) -> None:
+        super()._start()
+        self.llm.collective_rpc("start_recording", args=(self.arguments["record"],))
+
+    def _spare(self, num_tokens: int) -> int:
+        """1 if the engine's length leaves a position after so many tokens, else 0."""
+        return int(num_tokens < self.arguments["llm"]["max_model_len"])
+
+    def _run_recorded(
+        self, prompts: Sequence[NDArray[np.int32]], params: Sequence[Any], rows: Sequence[int]
+    ) -> tuple[list[Any], list[RecordedStates]]:
+        try:
+            outputs = self._run(prompts, params)
+            fetched = self.llm.collective_rpc("take_recorded", args=(rows,))
+        finally:
+            self.llm.collective_rpc("forget_recorded")
+        return outputs, list(fetched[0].rows())
+
+    def _rollout(self, request: RolloutRequest, token_ids: Sequence[int], states: RecordedStates) -> Rollout:
+        """One rollout; the token after a cut response is dropped, its set stays."""
+        sampled = np.asarray(token_ids, dtype=np.int32)
+        if not np.array_equal(sampled, states.taken_S):
+            raise RuntimeError(
+                f"row {request.row_id}: found {len(states.taken_S)} recorded states for {len(sampled)} sampled tokens, "
+                "or other tokens in them, expected the same; the recorder does not fit this version of vLLM"
+            )
+        completion = self._completion(token_ids[: request.max_new_tokens])
+        rollout = Rollout(request.row_id, request.prompt_ids, completion.token_ids, completion.finish_reason)
+        return _with_states(rollout, states)
+
+
+def _with_states(rollout: Rollout, states: RecordedStates) -> Rollout:
+    return replace(rollout, logprobs_T=states.taken_logprob_S[: len(rollout.response_ids)], sets=states.sets)
