@@ -1,0 +1,1 @@
+"""Prompts, templates, pre-training text, order and micro-batches."""
