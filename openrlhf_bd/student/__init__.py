@@ -1,0 +1,1 @@
+"""The student: its model, DeepSpeed strategy, rank actors and checkpoints."""

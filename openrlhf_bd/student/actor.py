@@ -1,0 +1,209 @@
+"""The student's ranks: Ray actors that each hold one DeepSpeed rank, read their own rows and train step by step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from openrlhf_bd.algorithms.registry import resolve_algorithm
+from openrlhf_bd.config import Config
+from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.student.checkpoints import newest_tag
+from openrlhf_bd.student.data import StudentData
+from openrlhf_bd.student.export import save_hf
+from openrlhf_bd.student.model import context_length, load_student, vocabulary_size
+from openrlhf_bd.student.step import StudentStep, TrainedModel
+from openrlhf_bd.student.strategy import BellmanStrategy, checkpoint_folder
+from openrlhf_bd.upstream import BaseModelActor
+
+SHIFT_BATCHES = 4
+OWN_STATE = "openrlhf_bd"
+ACTOR_FOLDER = "_actor"
+
+
+def student_environment() -> dict[str, str]:
+    """Environment of a rank's process: ranks of one machine must not each start a thread per core."""
+    return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class StudentRankImpl(BaseModelActor):
+    """One rank of the student. Every method is collective: call it on all ranks with the same arguments."""
+
+    def init_model_from_pretrained(
+        self,
+        strategy: BellmanStrategy,
+        config: Config,
+        *,
+        store_path: str,
+        pretrain_path: str | None,
+        max_steps: int,
+        stop_ids: Sequence[int],
+    ) -> None:
+        """Join the other ranks, load the student, and open the data.
+
+        Args:
+            strategy: see strategy.make_strategy.
+            config: options of the job.
+            store_path: complete store of rows.
+            pretrain_path: pre-training blocks, .npy [blocks, length], or None.
+            max_steps: optimizer steps of the whole stage, for the learning rate schedule.
+            stop_ids: tokens that end a response.
+
+        Raises:
+            ConfigError: options that don't fit each other, the model or the store.
+            DataError: the model cannot be loaded, or rows are too long for it.
+            StoreError: the store is damaged or unfinished.
+        """
+        self._setup_distributed(strategy)
+        self._config = config
+        self._stop_ids = tuple(stop_ids)
+        self._algorithm_class = resolve_algorithm(config.algo.distill.name)
+        self._needs = self._algorithm_class.needs_of(config.algo.distill)
+        self._shift_constant: float | None = None
+        student = load_student(config, strategy)
+        self._data = StudentData(
+            config,
+            store_path=store_path,
+            pretrain_path=pretrain_path,
+            needs=self._needs,
+            stop_ids=stop_ids,
+            rank=strategy.get_rank(),
+            num_ranks=strategy.world_size,
+            context_length=context_length(student),
+            vocab_size=vocabulary_size(student),
+        )
+        self._student = TrainedModel(*strategy.prepare((student, self._training_options(max_steps))))
+        self._step = StudentStep(self._student, strategy, config.algo.distill)
+
+    def _training_options(self, max_steps: int) -> dict[str, Any]:
+        """Optimizer and schedule as upstream's `prepare` takes them."""
+        actor = self._config.actor
+        return {
+            "optim": actor.optim,
+            "adam": actor.adam.model_dump(),
+            "lr_scheduler": actor.lr_scheduler,
+            "lr_warmup_ratio": actor.lr_warmup_ratio,
+            "min_lr_ratio": actor.min_lr_ratio,
+            "max_norm": actor.max_norm,
+            "scheduler_steps": max_steps,
+        }
+
+    def estimate_shift(self, num_batches: int) -> float:
+        """Constant shift of Q: mean log-sum-exp of the student as it is now, over the first global batches' responses.
+
+        Kept in checkpoints. `train_step` calls it where the algorithm needs a shift that was neither estimated nor
+        loaded.
+
+        Args:
+            num_batches: global batches to look at.
+
+        Returns:
+            Nats.
+        """
+        batches = (self._data.step(step) for step in range(1, num_batches + 1))
+        self._shift_constant = self._step.mean_logsumexp(batches)
+        return self._shift_constant
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step on the global batch of that step.
+
+        Args:
+            step: counted from 1.
+
+        Returns:
+            Metrics over all ranks: `loss`, `policy_loss`, `ptx_loss`, `actor_lr`, `actor_grad_norm`, the algorithm's
+            own, and `time_*_s`, which are means over ranks.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; on all ranks, before any weight changes.
+        """
+        if self._needs.shift_constant and self._shift_constant is None:
+            self.estimate_shift(SHIFT_BATCHES)
+        started = time.monotonic()
+        batch = self._data.step(step)
+        data_s = time.monotonic() - started
+        algorithm = self._algorithm_class(self._config.algo.distill, self._stop_ids, self._shift_constant)
+        return self._step.run(step, batch, algorithm, data_s=data_s)
+
+    def save_checkpoint(
+        self,
+        tag: str,
+        client_states: dict[str, Any] | None = None,
+        metric_value: float | None = None,
+        metric_key: str | None = None,
+    ) -> None:
+        """Save what a resumed run needs, and the student itself with --ckpt.save_hf.
+
+        Args:
+            tag: name of the checkpoint, as global_step100.
+            client_states: what `load_checkpoint` gives back.
+            metric_value: validation value, higher is better, or None.
+            metric_key: its name.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        ckpt = self._config.ckpt
+        folder = checkpoint_folder(self._config)
+        if not ckpt.disable_ds:
+            self.strategy.save_ckpt(
+                self._student.engine,
+                str(folder / ACTOR_FOLDER),
+                tag,
+                ckpt.max_num,
+                ckpt.max_mem,
+                {OWN_STATE: {"client": client_states or {}, "shift_constant": self._shift_constant}},
+                metric_value=metric_value,
+                metric_key=metric_key,
+            )
+        if ckpt.save_hf:
+            self.save_hf(str(folder / f"{tag}_hf"))
+
+    def load_checkpoint(self, tag: str | None = None) -> dict[str, Any]:
+        """Go on from a checkpoint.
+
+        Args:
+            tag: which one; None: with --ckpt.load_enable the newest whole one, if there is one.
+
+        Returns:
+            The client states that were saved; empty if nothing was loaded.
+
+        Raises:
+            StoreError: the checkpoint is missing or damaged.
+            ConfigError: it was written by other ranks.
+        """
+        folder = checkpoint_folder(self._config) / ACTOR_FOLDER
+        if tag is None and self._config.ckpt.load_enable:
+            tag = newest_tag(folder)
+        if tag is None:
+            return {}
+        _, states = self.strategy.load_ckpt(self._student.engine, str(folder), tag)
+        own = states[OWN_STATE]
+        self._shift_constant = own["shift_constant"]
+        return dict(own["client"])
+
+    def save_hf(self, path: str) -> None:
+        """Save the student as a Hugging Face folder, whole or not at all; an older folder there is replaced.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        source = self._config.actor.model_name_or_path
+        if source is None:
+            raise ConfigError("--actor.model_name_or_path is missing")
+        trust = self._config.trust_remote_code
+        save_hf(self._student.engine, self.strategy, Path(path), source=source, trust_remote_code=trust)
+
+
+# Options that RayActorGroup gives each actor are added to these.
+StudentRank = ray.remote(
+    num_gpus=1, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": student_environment()}
+)(StudentRankImpl)
