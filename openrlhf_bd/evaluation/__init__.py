@@ -1,0 +1,1 @@
+"""Evaluation of students: sampling, scores, comparison tables, figures and the HTML report."""
