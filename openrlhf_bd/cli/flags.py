@@ -1,0 +1,276 @@
+"""From a command line to a configuration: defaults < preset < YAML files < flags, and errors without tracebacks.
+
+The flags are read off the option tree of `openrlhf_bd.config`, so an option is declared once. Nothing here imports
+torch: `--help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import ValidationError
+
+from openrlhf_bd.cli.options import SECRETS, Option, all_options, all_sections, describe_type, nearest
+from openrlhf_bd.cli.yaml_files import Given, read_config_file
+from openrlhf_bd.config import Config
+from openrlhf_bd.errors import BDError, ConfigError
+
+COMMAND_LINE = "command line"
+INTERRUPTED = 75
+
+
+@dataclass(frozen=True)
+class ParsedOptions:
+    """What a command line says besides the configuration.
+
+    Attributes:
+        dry_run: print the configuration and the plan, and stop.
+        config_files: the YAML files, in the order in which they were given.
+        origins: where each given option came from, `file:line` or "command line"; all others have defaults.
+    """
+
+    dry_run: bool
+    config_files: tuple[str, ...]
+    origins: dict[str, str]
+
+
+def parse_config(argv: Sequence[str], *, prog: str, description: str) -> tuple[Config, ParsedOptions]:
+    """The configuration that a command line asks for. `--help` prints and raises SystemExit(0).
+
+    Args:
+        argv: arguments, without the program's name.
+        prog: the program's name, for help.
+        description: one or two sentences about it, for help.
+
+    Raises:
+        ConfigError: an option or key is unknown, a value has the wrong type, or a YAML file cannot be read.
+    """
+    arguments = _parse_flags(_parser(prog, description), argv)
+    config_files = tuple(arguments.pop("config"))
+    dry_run = arguments.pop("dry_run")
+    given: dict[str, Given] = {}
+    for path in config_files:
+        given |= read_config_file(path)
+    given |= {name: _from_command_line(all_options()[name], value) for name, value in arguments.items()}
+    return build_config(given), ParsedOptions(dry_run, config_files, {name: given[name].where for name in given})
+
+
+def build_config(given: dict[str, Given]) -> Config:
+    """Check every given value by itself, so that an error names its origin, then all of them together.
+
+    Raises:
+        ConfigError: a value has the wrong type, or options contradict each other.
+    """
+    tree: dict[str, Any] = {}
+    for name, item in given.items():
+        *sections, key = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = _checked(all_options()[name], item)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"--{name}: {first['msg']}; --help describes the options") from None
+
+
+def _checked(option: Option, given: Given) -> Any:
+    value = given.value
+    if option.optional and (given.text or "").lower() == "none":
+        return None
+    if str in option.types and given.text is not None and value is not None:
+        value = given.text  # a number or a date, to YAML
+    try:
+        return option.check(value)
+    except ValueError as error:
+        raise ConfigError(_wrong_type(option, given, str(error))) from None
+
+
+def _wrong_type(option: Option, given: Given, expected: str) -> str:
+    found = "of the wrong type" if option.name in SECRETS else repr(given.value)
+    name = f"--{option.name}" if given.where == COMMAND_LINE else option.name
+    guess = nearest(str(given.value), option.choices) if option.choices else None
+    hint = f"; did you mean {guess}?" if guess else ""
+    return (
+        f"{given.where}: {name} is {found}; expected {expected}{hint} "
+        f"({option.field.description}; default {show_value(option.default)})"
+    )
+
+
+def resolved_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `--config` reads back. Secrets are left out, and a comment says which."""
+    values = _plain(config.model_dump())
+    hidden = []
+    for name in sorted(SECRETS):
+        *sections, key = name.split(".")
+        node = values
+        for section in sections:
+            node = node[section]
+        if node[key] is not None:
+            node[key] = None
+            hidden.append(name)
+    note = f"# not shown, give it again: {', '.join(hidden)}\n" if hidden else ""
+    return note + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def show_value(value: Any) -> str:
+    """A value as a person would write it on the command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return " ".join(show_value(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
+
+
+def main_guard(function: Callable[[], int]) -> int:
+    """Run a command; turn the errors that we raise on purpose into one line and an exit status.
+
+    Returns:
+        The function's own status; an error's `exit_status`; 75 after Ctrl-C.
+    """
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    try:
+        return function()
+    except BDError as error:
+        print(f"error: {_original(error)}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has gone. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Keeps DeepSpeed from warning, at every start on a machine without GPUs, that it has none."""
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+def _original(error: BDError) -> BaseException:
+    """The error itself where Ray wrapped it: its wrapper's text is a traceback of the other process."""
+    if "ray" in sys.modules:
+        from ray.exceptions import RayTaskError
+
+        if isinstance(error, RayTaskError):
+            return error.cause
+    return error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{COMMAND_LINE}: {message}; --help describes the options")
+
+
+def _parser(prog: str, description: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [--config FILE ...] [--dry_run] [--OPTION VALUE ...]",
+        epilog="Values: defaults < preset < YAML files, in order < flags. Lists take several values; "
+        "switches also take true or false; none unsets an option that may be unset.",
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML file of options; repeatable"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", default=False, help="print the resolved configuration and the plan, and stop"
+    )
+    groups = {
+        name: parser.add_argument_group(f"--{name}.*" if name else "other", _first_line(section))
+        for name, section in all_sections().items()
+        if any(option.section is section for option in all_options().values())
+    }
+    for option in all_options().values():
+        _add_flag(groups[option.name.rpartition(".")[0]], option)
+    return parser
+
+
+def _first_line(section: type) -> str | None:
+    return (section.__doc__ or "").strip().partition("\n")[0].partition("`: ")[2] or None
+
+
+def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
+    takes: dict[str, Any] = {}
+    if option.is_flag:
+        takes = {"nargs": "?", "const": "true"}
+    elif option.is_list:
+        takes = {"nargs": "+"}
+    metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.metavar
+    text = f"{option.field.description} (default: {show_value(option.default)})".replace("%", "%%")
+    group.add_argument(f"--{option.name}", dest=option.name, metavar=metavar, help=text, **takes)
+
+
+def _parse_flags(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
+    try:
+        namespace, left_over = parser.parse_known_args(_join_negative_numbers(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(_bad_argument(error)) from None
+    if left_over:
+        raise ConfigError(_unknown_argument(left_over[0]))
+    return vars(namespace)
+
+
+def _bad_argument(error: argparse.ArgumentError) -> str:
+    name = (error.argument_name or "").removeprefix("--")
+    option = all_options().get(name)
+    expected = f"expected {describe_type(option)} ({option.field.description})" if option else error.message
+    return f"{COMMAND_LINE}: --{name} has no value; {expected}"
+
+
+def _unknown_argument(text: str) -> str:
+    if not text.startswith("-"):
+        return f"{COMMAND_LINE}: {text!r} belongs to no option; quote values that contain spaces"
+    flag = text.partition("=")[0]
+    known = nearest(flag.lstrip("-"), [*all_options(), "config", "dry_run"])
+    hint = f"did you mean --{known}?" if known else "--help lists all options"
+    return f"{COMMAND_LINE}: {flag} is not an option; {hint}"
+
+
+def _join_negative_numbers(argv: Iterable[str]) -> list[str]:
+    """`--x -1e3` as `--x=-1e3`: argparse takes only plain negative numbers for values."""
+    joined: list[str] = []
+    for token in argv:
+        if joined and token.startswith("-") and joined[-1].startswith("--") and _is_number(token):
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _from_command_line(option: Option, value: str | list[str]) -> Given:
+    if isinstance(value, list):
+        text = value[0] if len(value) == 1 else None
+        return Given(text if text == option.default else value, text, COMMAND_LINE)
+    return Given(value, value, COMMAND_LINE)

@@ -1,0 +1,192 @@
+"""The main job, Algorithm 1 of the paper: teacher's data, student, evaluation, report; resumable stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from openrlhf_bd.algorithms.registry import resolve_algorithm
+from openrlhf_bd.config import Config
+from openrlhf_bd.data.pretrain import write_pretrain_blocks
+from openrlhf_bd.driver.cluster import ray_session
+from openrlhf_bd.driver.evaluation import evaluate_models
+from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
+from openrlhf_bd.driver.plan import Plan
+from openrlhf_bd.driver.preflight import preflight
+from openrlhf_bd.driver.progress import console
+from openrlhf_bd.driver.resources import STAGES, Stage, check_cluster
+from openrlhf_bd.driver.run_folder import RunFolder, run_identity
+from openrlhf_bd.driver.teacher_data import make_rows
+from openrlhf_bd.driver.training import TrainingInputs, num_steps, train_student
+from openrlhf_bd.errors import RunFolderError
+from openrlhf_bd.evaluation.checker import load_checker
+from openrlhf_bd.evaluation.report import write_report
+from openrlhf_bd.evaluation.run_data import RunData
+from openrlhf_bd.evaluation.tables import main_table, terminal_table
+from openrlhf_bd.store import StoreReader, summary
+from openrlhf_bd.student.actor import ACTOR_FOLDER
+from openrlhf_bd.student.checkpoints import newest_tag
+from openrlhf_bd.student.strategy import checkpoint_folder
+
+REPORT_FILE = "report.html"
+
+
+def check(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
+    """Everything that can be known to be wrong before an actor starts.
+
+    Raises:
+        BDError: with exit status 2; nothing has been written.
+    """
+    RunFolder.check(Path(config.ckpt.output_dir), run_identity(config))
+    return preflight(config, stages=stages)
+
+
+def run(config: Config, *, resolved_config: str, plan: Plan, stages: Sequence[Stage] = STAGES) -> Path:
+    """Run or resume a job whose `check` passed.
+
+    Args:
+        config: the job.
+        resolved_config: the configuration as YAML, kept in the run folder.
+        plan: of `check`.
+        stages: what to do of: teacher's data, student, evaluation.
+
+    Returns:
+        The run folder: the selected student at its top, with metrics, evaluation, report and configuration.
+
+    Raises:
+        ResourceError: the cluster is too small; nothing was written.
+        BDError: see each stage. What was finished is kept, and the same command goes on from there.
+    """
+    path = Path(config.ckpt.output_dir)
+    with _session(config, plan, stages), RunFolder.open(path, run_identity(config)) as folder:
+        (path / "config.yaml").write_text(resolved_config, encoding="utf-8")
+        if "train" in stages:
+            _claim_checkpoints(config, folder)
+            _train(config, plan, folder)
+        elif "generate" in stages:
+            _rows(config, plan, folder, load_tokenizer(str(config.teacher.model_name_or_path), config))
+        if "evaluate" in stages and config.eval.test_datasets:
+            _evaluate(config, folder)
+        if "train" in stages:
+            _report(config, folder)
+    return path
+
+
+@contextmanager
+def _session(config: Config, plan: Plan, stages: Sequence[Stage]) -> Iterator[None]:
+    """A Ray session that is large enough, unless everything that needs one is finished."""
+    needed = {"training"} if "train" in stages else {"rows"} if "generate" in stages else set()
+    if "evaluate" in stages and config.eval.test_datasets:
+        needed.add("evaluation")
+    if needed <= RunFolder.finished_stages(Path(config.ckpt.output_dir)):
+        yield
+        return
+    with ray_session(num_gpus=plan.num_gpus) as resources:
+        check_cluster(config, resources, stages=stages)
+        yield
+
+
+def _claim_checkpoints(config: Config, folder: RunFolder) -> None:
+    """A run resumes from its own checkpoints; from another's only if it was told to.
+
+    Raises:
+        RunFolderError: `--ckpt.path` holds checkpoints that this run has not written.
+    """
+    if folder.finished("checkpoints"):
+        return
+    path = checkpoint_folder(config)
+    tag = newest_tag(path / ACTOR_FOLDER)
+    if tag is not None and not config.ckpt.load_enable:
+        raise RunFolderError(
+            f"--ckpt.path {path}: found checkpoint {tag} of another run; give --ckpt.load_enable to start from it, or "
+            "name another folder. Nothing was changed"
+        )
+    folder.finish("checkpoints", path=str(path))
+
+
+def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
+    """Rows and training, unless an earlier run has finished both."""
+    if folder.finished("training"):
+        say_reused("student", str(folder.path))
+        return
+    tokenizer = load_tokenizer(str(config.actor.model_name_or_path), config)
+    rows_path = _rows(config, plan, folder, tokenizer)
+    inputs = TrainingInputs(
+        store_path=rows_path,
+        pretrain_path=_pretrain_blocks(config, tokenizer, folder, num_rows=len(StoreReader(rows_path))),
+        validation=plan.tables["validation"].prompts if "validation" in plan.tables else [],
+        tokenizer=tokenizer,
+        stop_ids=stop_tokens(str(config.actor.model_name_or_path), config),
+        checker=load_checker(config.eval.checker) if config.eval.checker else None,
+    )
+    folder.finish("training", **train_student(config, inputs))
+
+
+def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Path:
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    model = config.teacher.model_name_or_path if needs.rollouts == "teacher" else config.actor.model_name_or_path
+    started = time.monotonic()
+    rows = make_rows(config, needs, plan.tables["train"], tokenizer, stop_ids=stop_tokens(str(model), config))
+    if rows.reused:
+        say_reused("rows", str(rows.path))
+    if folder.finished("rows") is None:
+        folder.finish("rows", path=str(rows.path), seconds=round(time.monotonic() - started, 1))
+    return rows.path
+
+
+def _pretrain_blocks(
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, *, num_rows: int
+) -> Path | None:
+    """Pre-training text as blocks, no more of it than the steps read."""
+    if config.data.pretrain_dataset is None or config.algo.distill.pretrain_coef == 0:
+        return None
+    path = folder.path / "pretrain.npy"
+    steps, _ = num_steps(config, num_rows)
+    num_blocks = steps * (config.train.pretrain_batch_size or config.train.batch_size)
+    write_pretrain_blocks(config, tokenizer, path, config.data.max_len, max_blocks=num_blocks)
+    return path
+
+
+def _evaluate(config: Config, folder: RunFolder) -> None:
+    """The student on all test sets, unless an earlier run has done it."""
+    if folder.finished("evaluation"):
+        say_reused("evaluation", str(folder.path))
+        return
+    started = time.monotonic()
+    trained = folder.finished("training") is not None
+    model = folder.path if trained else Path(str(config.actor.model_name_or_path))
+    label = method_label(config) if trained else model.name
+    evaluate_models(config, {label: model})[0].write(folder.path)
+    folder.finish("evaluation", seconds=round(time.monotonic() - started, 1))
+
+
+def _report(config: Config, folder: RunFolder) -> None:
+    """Tables on the terminal, and the HTML report in the run folder."""
+    run = RunData.load(folder.path)
+    if run.evaluation is not None:
+        for dataset in run.evaluation.datasets:
+            console.print(terminal_table(main_table([(run.label, run.evaluation)], dataset)))
+    rows = folder.finished("rows")
+    assert rows is not None  # training finished after it
+    write_report(
+        [run],
+        folder.path / REPORT_FILE,
+        title=f"{run.label}: {folder.path.name}",
+        store_summary=summary(StoreReader(rows["path"])),
+    )
+    console.print(f"student: {folder.path}\nreport:  {folder.path / REPORT_FILE}", highlight=False)
+
+
+def method_label(config: Config) -> str:
+    """Name of the method in tables: "bd:robust", "seqkd"."""
+    distill = config.algo.distill
+    return f"bd:{distill.preset}" if distill.name == "bd" else distill.name
+
+
+def say_reused(what: str, where: str) -> None:
+    """Tell that an earlier run's result is used."""
+    console.print(f"[dim]reused[/dim] {what} of an earlier run: {where}", highlight=False)

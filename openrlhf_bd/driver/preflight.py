@@ -1,0 +1,339 @@
+"""Every check that can be made before the first actor starts. Nothing is written, and no Ray session is needed.
+
+Cheap checks come first: options among themselves, then model files, then tokenizers, then every record of local data.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, SchedulerType
+
+from openrlhf_bd.algorithms.base import Needs
+from openrlhf_bd.algorithms.registry import resolve_algorithm
+from openrlhf_bd.config import Config
+from openrlhf_bd.data.pretrain import check_pretrain
+from openrlhf_bd.data.prompts import (
+    PromptTable,
+    load_evaluation_prompts,
+    load_prompts,
+    parse_test_datasets,
+    prompt_limit,
+)
+from openrlhf_bd.driver.model_files import ModelFacts, inspect_model
+from openrlhf_bd.driver.models import load_tokenizer
+from openrlhf_bd.driver.plan import Plan, StagePlan, format_bytes
+from openrlhf_bd.driver.resources import (
+    STAGES,
+    Stage,
+    existing_parent,
+    free_bytes,
+    stage_actors,
+    student_bytes,
+    takes_part,
+)
+from openrlhf_bd.errors import ConfigError, DataError
+from openrlhf_bd.evaluation.checker import load_checker
+from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
+
+# Of the pre-training text only the first records are read here; all of it is read when its blocks are written.
+_PRETRAIN_RECORDS = 1000
+# A stored response token at top_p 0.95: ids of its candidates, their log-probabilities, and what every token has.
+_STORE_BYTES_PER_TOKEN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    tables: dict[str, PromptTable]
+    lines: list[str]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
+    """Check a job and say what it is going to do.
+
+    Args:
+        config: the job.
+        stages: which stages it runs. Of these, "generate" is skipped where the algorithm learns from the data set's
+            own responses, and "evaluate" where no test set is named.
+
+    Raises:
+        ConfigError: options contradict each other or the models.
+        DataError: a model, tokenizer or data set is missing or not what the job needs.
+    """
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    stages = [stage for stage in stages if takes_part(stage, config, needs)]
+    if not stages:
+        raise ConfigError(
+            f"nothing to do: either --eval.test_datasets names no test set, or --algo.distill.name "
+            f"{config.algo.distill.name} learns from the data set's own responses and needs none of the teacher's"
+        )
+    _check_options(config, stages)
+    models = _check_models(config, stages)
+    data = _check_data(config, stages, needs)
+    _check_vocabularies(models, data.tokenizer)
+    student = models.get("--actor.model_name_or_path")
+    free = free_bytes(Path(config.ckpt.output_dir))
+    certain_bytes = student_bytes(config, student) if "train" in stages else 0
+    if certain_bytes > free:
+        raise ConfigError(
+            f"--ckpt.output_dir {config.ckpt.output_dir}: {format_bytes(free)} are free there, checkpoints and "
+            f"students take {format_bytes(certain_bytes)}; lower --ckpt.max_num, or name a folder on another disk"
+        )
+    plans = tuple(_plan_stage(stage, config, needs, data.tables) for stage in stages)
+    store_bytes = sum(plan.tokens * _STORE_BYTES_PER_TOKEN for plan in plans if plan.name == "generate")
+    warnings = [*_warnings(config, stages, needs, data.tables), *_vocabulary_warnings(models)]
+    if certain_bytes + store_bytes > free:
+        warnings.append("the teacher's data may not fit on the disk if responses are as long as they may be")
+    return Plan(
+        stages=plans,
+        data_sets=tuple(data.lines),
+        tables=data.tables,
+        warnings=tuple(warnings),
+        disk_bytes=certain_bytes + store_bytes,
+        free_bytes=free,
+    )
+
+
+def _check_options(config: Config, stages: Sequence[Stage]) -> None:
+    prompt_limit(config)
+    if config.eval.checker is not None:
+        load_checker(config.eval.checker)
+    if config.eval.test_datasets is not None:
+        parse_test_datasets(config.eval.test_datasets)
+    _check_output_folder(Path(config.ckpt.output_dir))
+    if "train" in stages:
+        _check_training_options(config)
+
+
+def _check_training_options(config: Config) -> None:
+    from openrlhf_bd.student.strategy import make_strategy
+
+    make_strategy(config)
+    num_ranks = config.actor.num_nodes * config.actor.num_gpus_per_node
+    if config.train.batch_size < num_ranks:
+        raise ConfigError(
+            f"--train.batch_size {config.train.batch_size} is less than one row for each of the {num_ranks} student "
+            f"ranks (--actor.num_nodes {config.actor.num_nodes} x --actor.num_gpus_per_node "
+            f"{config.actor.num_gpus_per_node}); raise it, or take fewer ranks"
+        )
+    schedules = [schedule.value for schedule in SchedulerType]
+    if config.actor.lr_scheduler not in schedules:
+        raise ConfigError(
+            f"--actor.lr_scheduler is {config.actor.lr_scheduler!r}; expected one of {', '.join(schedules)}"
+        )
+    if config.ds.attn_implementation.startswith("flash_attention") and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"--ds.attn_implementation {config.ds.attn_implementation}: flash-attn is not installed; install it, or "
+            "use sdpa"
+        )
+    if config.eval.dataset is not None:
+        _check_best_metric(config)
+
+
+def _check_best_metric(config: Config) -> None:
+    available = ["response_tokens", "stop_rate"]
+    available += ["rouge_l"] if config.data.label_key is not None else []
+    available += ["accuracy"] if config.eval.checker is not None else []
+    wanted = config.ckpt.best_metric_key or "rouge_l"
+    if wanted not in available:
+        raise ConfigError(
+            f"--ckpt.best_metric_key is {wanted!r}, expected one of {', '.join(available)}; rouge_l needs "
+            "--data.label_key, accuracy needs --eval.checker"
+        )
+
+
+def _check_output_folder(path: Path) -> None:
+    existing = existing_parent(path)
+    if not existing.is_dir():
+        raise ConfigError(f"--ckpt.output_dir {path}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--ckpt.output_dir {path}: {existing} cannot be written to; name another folder")
+
+
+def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFacts]:
+    """Facts of the models that the stages load, by the option that names each."""
+    teacher_option, student_option = "--teacher.model_name_or_path", "--actor.model_name_or_path"
+    wanted: dict[str, tuple[str | None, int, str]] = {}
+    if "generate" in stages or ("evaluate" in stages and config.eval.teacher_nll):
+        wanted[teacher_option] = (config.teacher.model_name_or_path, config.teacher.tensor_parallel_size, "teacher")
+    if "train" in stages or (stages == ["evaluate"] and config.actor.model_name_or_path is not None):
+        wanted[student_option] = (config.actor.model_name_or_path, config.vllm.tensor_parallel_size, "vllm")
+    models = {}
+    for option, (name, parallel, section) in wanted.items():
+        if name is None:
+            raise ConfigError(f"{option} is not given; name a model folder, or a model on the hub")
+        facts = inspect_model(name, option=option, trust_remote_code=config.trust_remote_code)
+        if facts.max_positions is not None and config.data.max_len > facts.max_positions:
+            raise ConfigError(
+                f"--data.max_len {config.data.max_len} is more than the {facts.max_positions} positions of {name} "
+                f"({option}); lower it"
+            )
+        if facts.num_heads is not None and facts.num_heads % parallel:
+            raise ConfigError(
+                f"--{section}.tensor_parallel_size {parallel} does not divide the {facts.num_heads} attention heads of "
+                f"{name} ({option}); choose a divisor"
+            )
+        models[option] = facts
+    if "train" in stages:
+        _check_family(models[student_option], config)
+    return models
+
+
+def _check_family(student: ModelFacts, config: Config) -> None:
+    from openrlhf_bd.student.model import FAMILIES, FAMILIES_WITHOUT_PACKING
+
+    if student.family not in FAMILIES:
+        raise ConfigError(
+            f"--actor.model_name_or_path {student.name}: models of type {student.family} cannot be students; expected "
+            f"one of {', '.join(FAMILIES)}"
+        )
+    if config.ds.packing_samples and student.family in FAMILIES_WITHOUT_PACKING:
+        raise ConfigError(
+            f"--ds.packing_samples: models of type {student.family} cannot tell packed rows apart; leave it out"
+        )
+
+
+def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
+    student, teacher = config.actor.model_name_or_path, config.teacher.model_name_or_path
+    own = student if "train" in stages or student is not None else teacher
+    if own is None:
+        raise ConfigError("--actor.model_name_or_path is not given; name a model folder, or a model on the hub")
+    tokenizer = load_tokenizer(own, config)
+    if teacher is not None and own != teacher and ("generate" in stages or config.eval.teacher_nll):
+        check_same_tokenizer(load_tokenizer(teacher, config), tokenizer, teacher=teacher, student=own)
+    tables = {}
+    if "generate" in stages or "train" in stages:
+        if config.data.prompt_dataset is None:
+            raise ConfigError("--data.prompt_dataset is not given; name a file, folder or hub data set of prompts")
+        tables["train"] = load_prompts(
+            config,
+            tokenizer,
+            spec=config.data.prompt_dataset,
+            split=config.data.prompt_split,
+            purpose="train",
+            need_reference=needs.rollouts == "gold",
+        )
+    if "train" in stages and config.eval.dataset is not None:
+        tables["validation"] = load_evaluation_prompts(
+            config, tokenizer, spec=config.eval.dataset, purpose="validation"
+        )
+    if "evaluate" in stages:
+        for name, spec in parse_test_datasets(config.eval.test_datasets or "").items():
+            tables[f"test:{name}"] = load_evaluation_prompts(config, tokenizer, spec=spec, purpose="test")
+    lines = [f"{name}: {table.summary()}" for name, table in tables.items()]
+    if "train" in stages and _uses_pretrain(config):
+        lines.append(f"pretrain: {check_pretrain(config, num_records=_PRETRAIN_RECORDS)} records")
+    return _Data(tables, lines, tokenizer)
+
+
+def _uses_pretrain(config: Config) -> bool:
+    return config.data.pretrain_dataset is not None and config.algo.distill.pretrain_coef > 0
+
+
+def check_same_tokenizer(
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher: str,
+    student: str,
+) -> None:
+    """Teacher and student must turn text into the same ids: the student learns the teacher's choices id by id.
+
+    Raises:
+        DataError: they differ; the message says where.
+    """
+    if fingerprint_tokenizer(teacher_tokenizer) == fingerprint_tokenizer(student_tokenizer):
+        return
+    differences = "; ".join(tokenizer_differences(teacher_tokenizer, student_tokenizer))
+    raise DataError(
+        f"the tokenizers of teacher {teacher} and student {student} differ: {differences}. Expected the same "
+        "tokenizer; choose models of one family (--teacher.model_name_or_path, --actor.model_name_or_path)"
+    )
+
+
+def tokenizer_differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> list[str]:
+    """In words, what tells two tokenizers apart: sizes, the first id with another token, the end of sequence."""
+    found = []
+    if len(first) != len(second):
+        found.append(f"{len(first)} and {len(second)} tokens")
+    token_of_first, token_of_second = (
+        {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (first, second)
+    )
+    for index in sorted(token_of_first.keys() & token_of_second.keys()):
+        if token_of_first[index] != token_of_second[index]:
+            found.append(f"id {index} is {token_of_first[index]!r} and {token_of_second[index]!r}")
+            break
+    if first.eos_token != second.eos_token:
+        found.append(f"the end of sequence is {first.eos_token!r} and {second.eos_token!r}")
+    return found or ["the same vocabulary, but other merges, normalisation or special tokens"]
+
+
+def _check_vocabularies(models: Mapping[str, ModelFacts], tokenizer: PreTrainedTokenizerBase) -> None:
+    for option, facts in models.items():
+        if facts.vocab_size < len(tokenizer):
+            raise DataError(
+                f"{facts.name}: has {facts.vocab_size} embeddings for the {len(tokenizer)} tokens of its tokenizer; "
+                f"expected at least as many. Take the tokenizer that belongs to the model ({option})"
+            )
+
+
+def _plan_stage(stage: Stage, config: Config, needs: Needs, tables: Mapping[str, PromptTable]) -> StagePlan:
+    actors, folder = stage_actors(config, stage), config.ckpt.output_dir
+    if stage == "evaluate":
+        tests = [table for name, table in tables.items() if name.startswith("test:")]
+        seeds = len(config.eval.seeds)
+        tokens = seeds * sum(_num_tokens(config, table, config.eval.max_new_tokens) for table in tests)
+        rows = seeds * sum(len(table.prompts) for table in tests)
+        return StagePlan(stage, rows, tokens, None, actors, f"{folder}/evaluation.json, report.html")
+    table = tables["train"]
+    samples = config.rollout.n_samples_per_prompt if needs.rollouts == "teacher" else 1
+    rows, tokens = samples * len(table.prompts), samples * _num_tokens(config, table, config.rollout.max_new_tokens)
+    if stage == "generate":
+        return StagePlan(stage, rows, tokens, None, actors, config.teacher.store_path or f"{folder}/teacher_data")
+    steps_per_epoch = math.ceil(rows / config.train.batch_size)
+    steps = min(config.train.max_epochs * steps_per_epoch, config.train.max_steps or math.inf)
+    return StagePlan(stage, rows, tokens * config.train.max_epochs, int(steps), actors, folder)
+
+
+def _num_tokens(config: Config, table: PromptTable, max_new_tokens: int | None) -> int:
+    """Prompt and response tokens, if every response is as long as it may be."""
+    longest = max_new_tokens or config.data.max_len
+    lengths = [len(prompt.token_ids) for prompt in table.prompts]
+    return sum(length + min(longest, config.data.max_len - length) for length in lengths)
+
+
+def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Mapping[str, PromptTable]) -> list[str]:
+    found = []
+    template = config.data.input_template
+    if template is not None and "\\n" in template:
+        found.append(r"--data.input_template holds the two characters \n, not a line break; in bash write $'...\n...'")
+    if "train" not in stages:
+        return found
+    distill = config.algo.distill
+    if needs.candidate_sets and distill.tail_coef == 0 and not _uses_pretrain(config):
+        found.append(
+            "nothing holds the logits outside the candidate sets: the student may put mass on tokens that the teacher "
+            "excludes. Give --data.pretrain_dataset, or --algo.distill.tail_coef 1"
+        )
+    if config.eval.dataset is None:
+        found.append("no --eval.dataset: the student of the last step is kept, whether or not it is the best")
+    rows = len(tables["train"].prompts) * (config.rollout.n_samples_per_prompt if needs.rollouts == "teacher" else 1)
+    if rows < config.train.batch_size:
+        found.append(f"--train.batch_size {config.train.batch_size} is more than the {rows} rows: one step is an epoch")
+    return found
+
+
+def _vocabulary_warnings(models: Mapping[str, ModelFacts]) -> list[str]:
+    teacher, student = models.get("--teacher.model_name_or_path"), models.get("--actor.model_name_or_path")
+    if teacher is None or student is None or teacher.vocab_size <= student.vocab_size:
+        return []
+    return [
+        f"the teacher has {teacher.vocab_size} embeddings, the student {student.vocab_size}: padding of the "
+        "vocabulary; ids beyond the student's never count"
+    ]

@@ -1,0 +1,153 @@
+"""The folder of one run: whose it is, who writes to it, and which stages are finished.
+
+`run.json` holds the run's identity (the options that decide its results) and a record of each finished stage. The same
+command on the same folder goes on where it stopped; any other command is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from openrlhf_bd import __version__
+from openrlhf_bd.config import Config
+from openrlhf_bd.errors import RunFolderError
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+
+# Options that change how a run is carried out, not what comes out of it: they may differ when a run is resumed.
+_NOT_IDENTITY = (
+    "cluster.",
+    "logger.",
+    "vllm.",
+    "ckpt.load_enable",
+    "ckpt.max_",
+    "ckpt.output_dir",
+    "ckpt.path",
+    "teacher.num_engines",
+    "teacher.max_num_seqs",
+    "teacher.gpu_memory_utilization",
+    "teacher.enforce_eager",
+    "teacher.enable_prefix_caching",
+    "eval.num_examples",
+)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """The dotted options that decide a run's results, as JSON values."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step, so that a reader sees the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """An open run folder. Use `RunFolder.open`; it holds the folder's lock while the block runs."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self._content = content
+
+    @staticmethod
+    def check(path: Path, identity: Mapping[str, Any]) -> None:
+        """Refuse a folder that holds something else, without changing anything.
+
+        Raises:
+            RunFolderError: the folder holds another run, or files that are no run.
+        """
+        run_file = path / RUN_FILE
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise RunFolderError(f"--ckpt.output_dir {path}: found a file, expected a folder; name another path")
+        if not run_file.exists():
+            if any(entry.name != LOCK_FILE for entry in path.iterdir()):
+                raise RunFolderError(
+                    f"--ckpt.output_dir {path}: the folder holds files that are not a run of openrlhf_bd; "
+                    "expected a new or empty folder, or this run's own. Name another path; nothing was changed"
+                )
+            return
+        found = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+        wanted = json.loads(json.dumps(identity))
+        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        if differing:
+            lines = "\n".join(f"  {key}: there {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:12])
+            raise RunFolderError(
+                f"--ckpt.output_dir {path}: the folder holds another run, which differs in {len(differing)} options:\n"
+                f"{lines}\nName another folder, or repeat that run's command to resume it; nothing was changed"
+            )
+
+    @staticmethod
+    @contextmanager
+    def open(path: Path, identity: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """Lock the folder for one writer and read or start its record.
+
+        Raises:
+            RunFolderError: another run's folder, or another process is writing to it.
+        """
+        RunFolder.check(path, identity)
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / LOCK_FILE).open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunFolderError(
+                    f"--ckpt.output_dir {path}: process {lock.read().strip() or '?'} is writing to this folder; "
+                    "wait for it, or name another folder"
+                ) from None
+            lock.seek(0)
+            lock.truncate()
+            lock.write(str(os.getpid()))
+            lock.flush()
+            run_file = path / RUN_FILE
+            if run_file.exists():
+                content = json.loads(run_file.read_text(encoding="utf-8"))
+            else:
+                content = {"version": __version__, "created": time.time(), "identity": dict(identity), "stages": {}}
+                write_json(run_file, content)
+            yield RunFolder(path, content)
+
+    @staticmethod
+    def finished_stages(path: Path) -> frozenset[str]:
+        """Names of the stages that the run in a folder has finished; none where there is no run."""
+        run_file = path / RUN_FILE
+        if not run_file.exists():
+            return frozenset()
+        return frozenset(json.loads(run_file.read_text(encoding="utf-8"))["stages"])
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left on record, or None if it has not finished."""
+        record = self._content["stages"].get(stage)
+        return dict(record) if record is not None else None
+
+    def finish(self, stage: str, **record: Any) -> None:
+        """Mark a stage as finished, with what later stages and the report want to know of it."""
+        self._content["stages"][stage] = record
+        write_json(self.path / RUN_FILE, self._content)

@@ -1,0 +1,224 @@
+"""Training the student: DeepSpeed ranks step by step, validation through vLLM, selection of the best student."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from openrlhf_bd.config import Config
+from openrlhf_bd.driver.cluster import placed, wait_for
+from openrlhf_bd.driver.engines import student_engines
+from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, truncate_metrics
+from openrlhf_bd.driver.progress import console, stage_progress
+from openrlhf_bd.evaluation.evaluate import validate
+from openrlhf_bd.records import Prompt
+from openrlhf_bd.store import StoreReader
+from openrlhf_bd.student.actor import ACTOR_FOLDER
+from openrlhf_bd.student.checkpoints import newest_tag
+from openrlhf_bd.student.strategy import checkpoint_folder
+
+BEST_SUFFIX = "_hf"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingInputs:
+    """What a training stage reads.
+
+    Attributes:
+        store_path: complete store of rows.
+        pretrain_path: pre-training blocks (.npy), or None.
+        validation: validation prompts, empty where there are none.
+        tokenizer: the student's.
+        stop_ids: tokens that end a response.
+        checker: exact correctness of a response, or None.
+    """
+
+    store_path: Path
+    pretrain_path: Path | None
+    validation: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
+    checker: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The best student so far: its validation value (higher is better), its step, and the folder of its weights."""
+
+    metric: str
+    value: float
+    step: int
+    tag: str
+
+
+def num_steps(config: Config, num_rows: int) -> tuple[int, int]:
+    """(all optimizer steps, steps of one epoch)."""
+    per_epoch = math.ceil(num_rows / config.train.batch_size)
+    total = config.train.max_epochs * per_epoch
+    return (min(total, config.train.max_steps) if config.train.max_steps else total), per_epoch
+
+
+class Training:
+    """One training stage over started ranks: steps, validation, checkpoints, selection."""
+
+    def __init__(
+        self, config: Config, inputs: TrainingInputs, *, ranks: Any, engines: Sequence[Any], log: MetricsLog
+    ) -> None:
+        self._config, self._inputs, self._ranks, self._engines, self._log = config, inputs, ranks, engines, log
+        self._total, self._per_epoch = num_steps(config, len(StoreReader(inputs.store_path)))
+        self._best: Selection | None = None
+
+    def run(self, start_step: int, best: dict[str, Any] | None) -> Selection | None:
+        """Steps start_step + 1 to the last; returns the selected student, or None if nothing validated it."""
+        self._best = Selection(**best) if best else None
+        title = f"train {self._config.algo.distill.name}"
+        with stage_progress(title, self._total, "steps") as progress:
+            progress.start_at(start_step)
+            for step in range(start_step + 1, self._total + 1):
+                metrics = self._on_ranks("train_step", step, what=f"training step {step}")[0]
+                if step % self._config.logger.logging_steps == 0:
+                    self._log.train(step, step / self._per_epoch, metrics)
+                if self._is_validation_step(step):
+                    self._validate(step)
+                if self._is_checkpoint_step(step):
+                    self._save_checkpoint(step)
+                progress.advance(note=f"loss {metrics['loss']:.4f}")
+        return self._best
+
+    def _on_ranks(self, method: str, *arguments: Any, what: str, **keywords: Any) -> list[Any]:
+        refs = self._ranks.async_run_method(method, *arguments, **keywords)
+        return wait_for(refs, timeout_s=self._config.cluster.step_timeout_s, what=what)
+
+    def _is_validation_step(self, step: int) -> bool:
+        every = self._config.eval.steps if self._config.eval.steps > 0 else self._per_epoch
+        return bool(self._engines) and (step % every == 0 or step == self._total)
+
+    def _is_checkpoint_step(self, step: int) -> bool:
+        every = self._config.ckpt.save_steps
+        return every > 0 and step % every == 0 and not self._config.ckpt.disable_ds
+
+    def _validate(self, step: int) -> None:
+        tag = f"best_global_step{step}"
+        folder = checkpoint_folder(self._config) / f"{tag}{BEST_SUFFIX}"
+        self._on_ranks("save_hf", str(folder), what=f"the student of step {step} to be saved")
+        timeout_s = self._config.cluster.start_timeout_s
+        wait_for(
+            [engine.load.remote(str(folder)) for engine in self._engines],
+            timeout_s=timeout_s,
+            what="the validation engines to load the student",
+        )
+        values = validate(
+            self._engines,
+            self._inputs.validation,
+            config=self._config,
+            tokenizer=self._inputs.tokenizer,
+            checker=self._inputs.checker,
+        )
+        self._log.validation(step, step / self._per_epoch, values)
+        metric = self._config.ckpt.best_metric_key or "rouge_l"
+        if self._best is None or values[metric] > self._best.value:
+            worse, self._best = self._best, Selection(metric, values[metric], step, tag)
+            if worse is not None:
+                shutil.rmtree(checkpoint_folder(self._config) / f"{worse.tag}{BEST_SUFFIX}", ignore_errors=True)
+        else:
+            shutil.rmtree(folder)
+
+    def _save_checkpoint(self, step: int) -> None:
+        best = asdict(self._best) if self._best else None
+        self._on_ranks(
+            "save_checkpoint",
+            f"global_step{step}",
+            {"step": step, "best": best},
+            what=f"the checkpoint of step {step}",
+        )
+
+
+@contextmanager
+def started_ranks(config: Config, inputs: TrainingInputs) -> Iterator[Any]:
+    """The student's DeepSpeed ranks, with model, optimizer and data ready."""
+    import ray
+
+    from openrlhf_bd.student.actor import StudentRank
+    from openrlhf_bd.student.strategy import make_strategy
+    from openrlhf_bd.upstream import RayActorGroup
+
+    world = config.actor.num_nodes * config.actor.num_gpus_per_node
+    timeout_s = config.cluster.start_timeout_s
+    total, _ = num_steps(config, len(StoreReader(inputs.store_path)))
+    with placed([{"CPU": 1.0, "GPU": 1.0}] * world, timeout_s=timeout_s, what="the student's ranks") as group:
+        console.print(f"[dim]starting the student's ranks: {world}[/dim]", highlight=False)
+        ranks = RayActorGroup(
+            config.actor.num_nodes, config.actor.num_gpus_per_node, StudentRank, pg=group, num_gpus_per_actor=1
+        )
+        try:
+            refs = ranks.async_init_model_from_pretrained(
+                make_strategy(config),
+                config,
+                store_path=str(inputs.store_path),
+                pretrain_path=str(inputs.pretrain_path) if inputs.pretrain_path else None,
+                max_steps=total,
+                stop_ids=list(inputs.stop_ids),
+            )
+            wait_for(refs, timeout_s=timeout_s, what="the student's ranks to load the model")
+            yield ranks
+        finally:
+            for actor in ranks._actor_handlers:
+                ray.kill(actor)
+
+
+def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
+    """Train, select, and leave the selected student at the top of the run folder.
+
+    Returns:
+        What the run's record keeps: steps, the selection, seconds.
+    """
+    started = time.monotonic()
+    folder = Path(config.ckpt.output_dir)
+    total, _ = num_steps(config, len(StoreReader(inputs.store_path)))
+    first = str(config.actor.model_name_or_path)
+    validation: AbstractContextManager[list[Any]] = (
+        student_engines(config, model=first) if inputs.validation else nullcontext([])
+    )
+    with started_ranks(config, inputs) as ranks, validation as engines:
+        timeout_s = config.cluster.start_timeout_s
+        tag = newest_tag(checkpoint_folder(config) / ACTOR_FOLDER)
+        states = wait_for(
+            ranks.async_run_method("load_checkpoint", tag), timeout_s=timeout_s, what=f"checkpoint {tag} to load"
+        )[0]
+        start_step = states.get("step", 0)
+        truncate_metrics(folder / METRICS_FILE, after_step=start_step)
+        log = MetricsLog(config, folder)
+        try:
+            training = Training(config, inputs, ranks=ranks, engines=engines, log=log)
+            best = training.run(start_step, states.get("best"))
+        finally:
+            log.close()
+        if best is None:
+            wait_for(
+                ranks.async_run_method("save_hf", str(folder / "final_hf")),
+                timeout_s=timeout_s,
+                what="the student to be saved",
+            )
+    source = checkpoint_folder(config) / f"{best.tag}{BEST_SUFFIX}" if best else folder / "final_hf"
+    _move_to_top(source, folder)
+    return {
+        "steps": total,
+        "selected_step": best.step if best else total,
+        "selection": asdict(best) if best else None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _move_to_top(source: Path, folder: Path) -> None:
+    """Put a Hugging Face model folder's files at the top of the run folder, the weights last."""
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):
+        shutil.copy2(entry, folder / entry.name)
+    shutil.rmtree(source)

@@ -1,0 +1,380 @@
+import io
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import openrlhf_bd.demo
+from openrlhf_bd.cli.flags import main_guard, parse_config
+from openrlhf_bd.cli.main import main
+from openrlhf_bd.driver.preflight import preflight, tokenizer_differences
+from openrlhf_bd.driver.resources import check_cluster
+from openrlhf_bd.errors import ConfigError, ResourceError
+
+TOKENIZER = Path(openrlhf_bd.demo.__file__).parent / "teacher"
+RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
+
+
+def save_model(folder, *, hidden_size=32, vocab_size=640, **changes):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    shape = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+    }
+    config = Qwen2Config(vocab_size=vocab_size, eos_token_id=0, **(shape | changes))
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """A teacher, a student and data sets; tests change copies."""
+    root = tmp_path_factory.mktemp("originals")
+    save_model(root / "teacher", hidden_size=64)
+    save_model(root / "student")
+    for name in ("train", "validation", "test"):
+        lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+        (root / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (root / "text.jsonl").write_text('{"text": "some text"}\n' * 3, encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def room(originals, tmp_path, monkeypatch):
+    """A folder with a teacher, a student and data sets, as the current one."""
+    path = tmp_path / "room"
+    shutil.copytree(originals, path)
+    monkeypatch.chdir(path)
+    return path
+
+
+BASE = [
+    *("--teacher.model_name_or_path", "teacher", "--actor.model_name_or_path", "student"),
+    *("--actor.num_gpus_per_node", "2", "--data.prompt_dataset", "train.jsonl", "--data.input_key", "instruction"),
+    *("--data.context_key", "input", "--data.label_key", "output", "--data.prompt_wrapper", "paper"),
+    *("--data.max_len", "100", "--train.batch_size", "8", "--ds.param_dtype", "fp32"),
+    *("--eval.dataset", "validation.jsonl", "--eval.test_datasets", "t=test.jsonl", "--ckpt.output_dir", "runs/new"),
+]
+
+
+def config_of(*argv):
+    return parse_config([*BASE, *argv], prog="openrlhf-bd train", description="Train.")[0]
+
+
+def test_plan(room):
+    """The plan counts rows, tokens, steps, actors and GPUs of each stage, and nothing is written."""
+    before = sorted(room.rglob("*"))
+    plan = preflight(config_of("--rollout.n_samples_per_prompt", "2", "--train.max_epochs", "3"))
+    generate, train, evaluate = plan.stages
+    # 20 prompts, 2 samples each; prompt and response together are at most 100 tokens.
+    assert (generate.name, generate.rows, generate.tokens, generate.steps) == ("generate", 40, 4000, None)
+    # 40 rows in batches of 8 are 5 steps an epoch.
+    assert (train.name, train.rows, train.tokens, train.steps) == ("train", 40, 12000, 15)
+    # 20 prompts, 5 seeds.
+    assert (evaluate.name, evaluate.rows, evaluate.tokens) == ("evaluate", 100, 10000)
+    # 1 teacher engine; 2 ranks and 1 engine that validates; 1 engine.
+    assert [stage.num_gpus for stage in plan.stages] == [1, 3, 1]
+    assert plan.num_gpus == 3
+    assert sorted(plan.tables) == ["test:t", "train", "validation"]
+    assert len(plan.tables["train"].prompts) == 20
+    assert sorted(room.rglob("*")) == before
+
+
+def test_plan_can_be_printed(room):
+    """Printing a plan shows stages, data sets, GPUs, disk space and warnings."""
+    plan = preflight(config_of("--algo.distill.preset", "paper", "--data.max_samples", "4"))
+    console = Console(file=io.StringIO(), width=160)
+    console.print(plan)
+    text = console.file.getvalue()
+    for part in ("generate", "train", "evaluate", "2 student ranks", "runs/new/teacher_data", "4 prompts", "free"):
+        assert part in text
+    assert "warning: nothing holds the logits outside the candidate sets" in text
+    assert "warning: --train.batch_size 8 is more than the 4 rows" in text
+
+
+def test_dry_run(room, capsys):
+    """`openrlhf-bd plan` prints configuration and plan, exits with 0 and writes nothing."""
+    assert main(["plan", *BASE]) == 0
+    text = capsys.readouterr().out
+    assert "prompt_dataset: train.jsonl" in text
+    assert "2 student ranks" in text
+    assert not (room / "runs").exists()
+
+
+def test_job_with_bad_input(room, capsys):
+    """`openrlhf-bd train` with bad input ends with status 2 and a message before anything is started or written."""
+    assert main(["train", *BASE, "--data.input_key", "instructon"]) == 2
+    assert "train.jsonl:1" in capsys.readouterr().err
+    assert not (room / "runs").exists()
+
+
+def test_steps_are_limited(room):
+    """--train.max_steps limits the steps of the plan."""
+    assert preflight(config_of("--train.max_steps", "2")).stages[1].steps == 2
+
+
+def test_own_responses_need_no_teacher(room):
+    """An algorithm that learns from the data set's own responses has no generation stage and asks for no teacher."""
+    plan = preflight(config_of("--algo.distill.name", "sft", "--teacher.model_name_or_path", "none"))
+    assert [stage.name for stage in plan.stages] == ["train", "evaluate"]
+
+
+def test_generation_alone(room):
+    """Generation alone needs no student: prompts are tokenised by the teacher's tokenizer."""
+    config = config_of("--actor.model_name_or_path", "none", "--eval.dataset", "nowhere.jsonl")
+    plan = preflight(config, stages=["generate"])
+    assert [stage.name for stage in plan.stages] == ["generate"]
+
+
+def test_pretraining_text(room):
+    """Pre-training text is looked at, and takes the warning about logits outside the sets away."""
+    plan = preflight(config_of("--algo.distill.preset", "paper", "--data.pretrain_dataset", "text.jsonl"))
+    assert "pretrain: 3 records" in plan.data_sets
+    assert not any("outside the candidate sets" in warning for warning in plan.warnings)
+
+
+def test_padded_vocabulary(room):
+    """A teacher with a longer vocabulary of the same tokenizer is fine, and noted."""
+    shutil.rmtree("teacher")
+    save_model("teacher", vocab_size=704)
+    (warning,) = [line for line in preflight(config_of()).warnings if "padding" in line]
+    assert "704 embeddings, the student 640" in warning
+
+
+def replace(path, old, new):
+    text = Path(path).read_text(encoding="utf-8")
+    assert old in text
+    Path(path).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def truncate(path, num_bytes):
+    Path(path).write_bytes(Path(path).read_bytes()[:num_bytes])
+
+
+def only_pickle():
+    Path("student/model.safetensors").rename("student/pytorch_model.bin")
+
+
+def model_with_code():
+    Path("teacher/modeling.py").write_text("import os", encoding="utf-8")
+
+
+def config_with_code():
+    replace("teacher/config.json", '"model_type"', '"auto_map": {"AutoConfig": "other/repo--c.C"}, "model_type"')
+
+
+def another_tokenizer():
+    path = Path("student/tokenizer.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def git_lfs_pointer():
+    Path("teacher/model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def damaged_header():
+    Path("student/model.safetensors").write_bytes(struct.pack("<Q", 4) + b"{no}")
+
+
+def missing_shard():
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    Path("student/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def small_vocabulary():
+    shutil.rmtree("student")
+    save_model("student", vocab_size=100)
+
+
+def other_family():
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shutil.rmtree("student")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=640, **shape)).save_pretrained("student")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained("student")
+
+
+def nothing():
+    pass
+
+
+# What is done to the folder, the arguments, and what the message must contain.
+BAD_INPUT = {
+    "no student": (nothing, ["--actor.model_name_or_path", "none"], ["--actor.model_name_or_path is not given"]),
+    "no teacher": (nothing, ["--teacher.model_name_or_path", "none"], ["--teacher.model_name_or_path is not given"]),
+    "no prompts": (nothing, ["--data.prompt_dataset", "none"], ["--data.prompt_dataset is not given"]),
+    "mistyped student": (
+        nothing,
+        ["--actor.model_name_or_path", "./studnt"],
+        ["./studnt", "no such folder", 'did you mean "student"?', "--actor.model_name_or_path"],
+    ),
+    "student is a file": (nothing, ["--actor.model_name_or_path", "train.jsonl"], ["train.jsonl: is a file"]),
+    "folder without a model": (nothing, ["--actor.model_name_or_path", "."], ["has no config.json"]),
+    "only pickled weights": (only_pickle, [], ["student", "only pytorch_model.bin", "safetensors", "save_pretrained"]),
+    "no weights": (lambda: Path("student/model.safetensors").unlink(), [], ["has no weights", "*.safetensors"]),
+    "model with code": (model_with_code, [], ["teacher", "modeling.py", "--trust_remote_code"]),
+    "configuration with code": (config_with_code, [], ["teacher/config.json", "auto_map", "--trust_remote_code"]),
+    "truncated weights": (lambda: truncate("student/model.safetensors", 5000), [], ["has 5000 bytes, expected"]),
+    "empty weights": (lambda: truncate("student/model.safetensors", 0), [], ["no whole safetensors file"]),
+    "Git LFS pointer": (git_lfs_pointer, [], ["teacher/model.safetensors", "git lfs pull"]),
+    "damaged header": (damaged_header, [], ["student/model.safetensors", "damaged header"]),
+    "missing shard": (missing_shard, [], ["model-00001-of-00002.safetensors", "lacks", "download"]),
+    "configuration is no JSON": (lambda: truncate("student/config.json", 20), [], ["student/config.json", "not JSON"]),
+    "unknown model type": (
+        lambda: replace("student/config.json", '"qwen2"', '"qwen99"'),
+        [],
+        ["student", "configuration cannot be read", "qwen99"],
+    ),
+    "family that cannot be a student": (other_family, [], ["gpt_neox cannot be students", "qwen2"]),
+    "no tokenizer": (
+        lambda: [Path(f"student/{name}").unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+        [],
+        ["student", "tokenizer"],
+    ),
+    "damaged tokenizer": (
+        lambda: truncate("student/tokenizer.json", 1000),
+        [],
+        ["student/tokenizer.json", "not JSON", "download the model again"],
+    ),
+    "another tokenizer": (another_tokenizer, [], ["of teacher teacher and student student", "is '1' and '2'"]),
+    "small vocabulary": (small_vocabulary, [], ["student: has 100 embeddings for the"]),
+    "too long": (nothing, ["--data.max_len", "1000"], ["--data.max_len 1000", "512 positions of teacher"]),
+    "odd tensor parallelism": (
+        nothing,
+        ["--teacher.tensor_parallel_size", "3"],
+        ["--teacher.tensor_parallel_size 3", "2 attention heads"],
+    ),
+    "mistyped data set": (
+        nothing,
+        ["--data.prompt_dataset", "trian.jsonl"],
+        ["trian.jsonl", 'did you mean "train.jsonl"?', "--data.prompt_dataset"],
+    ),
+    "mistyped test set": (nothing, ["--eval.test_datasets", "tset.jsonl"], ["tset.jsonl", "--eval.test_datasets"]),
+    "mistyped validation set": (nothing, ["--eval.dataset", "vlidation.jsonl"], ["vlidation.jsonl", "--eval.dataset"]),
+    "mistyped key": (nothing, ["--data.input_key", "instructon"], ["train.jsonl:1", "--data.input_key instruction?"]),
+    "damaged record": (lambda: truncate("train.jsonl", 200), [], ["train.jsonl:4", "not JSON", "Correct the line"]),
+    "damaged test record": (lambda: truncate("test.jsonl", 200), [], ["test.jsonl:4", "not JSON"]),
+    "mistyped pre-training text": (
+        nothing,
+        ["--data.pretrain_dataset", "txt.jsonl"],
+        ["txt.jsonl", 'did you mean "text.jsonl"?', "--data.pretrain_dataset"],
+    ),
+    "pre-training key": (
+        nothing,
+        ["--data.pretrain_dataset", "text.jsonl", "--data.pretrain_key", "txt"],
+        ["text.jsonl:1", "--data.pretrain_key text?"],
+    ),
+    "own responses without a key": (
+        nothing,
+        ["--algo.distill.name", "sft", "--data.label_key", "none", "--eval.dataset", "none"],
+        ["--data.label_key is not given"],
+    ),
+    "nothing to score by": (nothing, ["--data.label_key", "none"], ["--data.label_key", "--eval.checker"]),
+    "unknown algorithm": (nothing, ["--algo.distill.name", "bdd"], ["--algo.distill.name", "bdd", 'mean "bd"?']),
+    "unknown checker": (nothing, ["--eval.checker", "nowhere:check"], ["--eval.checker nowhere:check"]),
+    "unknown metric": (
+        nothing,
+        ["--ckpt.best_metric_key", "bleu"],
+        ["--ckpt.best_metric_key is 'bleu'", "rouge_l", "accuracy needs --eval.checker"],
+    ),
+    "unknown schedule": (nothing, ["--actor.lr_scheduler", "cosin"], ["--actor.lr_scheduler is 'cosin'", "cosine"]),
+    "flash attention": (nothing, ["--ds.attn_implementation", "flash_attention_9"], ["flash_attention_9"]),
+    "diverging pair": (nothing, ["--ds.zero_stage", "0", "--ds.param_dtype", "bf16"], ["--ds.zero_stage 0", "bf16"]),
+    "fewer rows than ranks": (
+        nothing,
+        ["--train.batch_size", "1"],
+        ["--train.batch_size 1", "2 student ranks", "--actor.num_gpus_per_node 2"],
+    ),
+    "no room for a response": (
+        nothing,
+        ["--data.max_prompt_len", "100"],
+        ["--data.max_prompt_len 100", "--data.max_len"],
+    ),
+    "prompts all too long": (nothing, ["--data.max_prompt_len", "3"], ["all 20 prompts", "--data.max_prompt_len"]),
+    "output folder is a file": (nothing, ["--ckpt.output_dir", "train.jsonl/run"], ["--ckpt.output_dir", "is a file"]),
+    "disk full": (
+        nothing,
+        ["--ckpt.max_num", "1000000000", "--ckpt.save_steps", "1"],
+        ["are free there", "--ckpt.max_num"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "argv", "parts"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input(room, capsys, change, argv, parts):
+    """Bad input ends with status 2 and one message that says what, where and what to do; no output folder appears."""
+    change()
+    assert main_guard(lambda: bool(preflight(config_of(*argv)))) == 2
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert [part for part in parts if part not in message] == []
+    assert "Traceback" not in message
+    assert not (room / "runs").exists()
+
+
+def test_output_folder_that_cannot_be_written(room, monkeypatch):
+    """A folder where nothing can be written is refused before the job starts."""
+    # Root may write everywhere, so ask the system about another user's rights by a read-only answer.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        preflight(config_of())
+
+
+def test_nothing_to_do(room):
+    """A stage that the job does not have is no silent success."""
+    with pytest.raises(ConfigError, match="nothing to do"):
+        preflight(config_of("--eval.test_datasets", "none"), stages=["evaluate"])
+
+
+def test_cluster_is_large_enough(room):
+    """A cluster with the GPUs of the largest stage passes."""
+    check_cluster(config_of(), {"CPU": 4.0, "GPU": 3.0})
+
+
+def test_cluster_is_too_small():
+    """A cluster that is too small is refused with stage, counts and the flags that asked."""
+    with pytest.raises(ResourceError) as error:
+        check_cluster(config_of("--teacher.num_engines", "2"), {"CPU": 4.0, "GPU": 2.0})
+    assert str(error.value) == (
+        "the Ray cluster has 2 GPUs, stage train needs 3: 2 for student ranks (--actor.num_nodes 1 x "
+        "--actor.num_gpus_per_node 2); 1 for student engines (--vllm.num_engines 1 x --vllm.tensor_parallel_size 1). "
+        "Lower these options or add nodes (on machines without GPUs: ray start --num-gpus N, where N is only a number)"
+    )
+    with pytest.raises(ResourceError, match="has 2 CPUs, stage train needs 3"):
+        check_cluster(config_of(), {"CPU": 2.0, "GPU": 8.0})
+    config = config_of("--teacher.num_engines", "2", "--teacher.tensor_parallel_size", "2")
+    with pytest.raises(ResourceError, match=r"0 GPUs, stage generate needs 4: .*--teacher\.tensor_parallel_size 2"):
+        check_cluster(config, {"CPU": 8.0}, stages=["generate"])
+
+
+def test_scoring_by_the_teacher_needs_an_engine():
+    """--eval.teacher_nll adds a teacher's engine to the evaluation."""
+    with pytest.raises(ResourceError, match=r"stage evaluate needs 2: .*--eval\.teacher_nll"):
+        check_cluster(config_of("--eval.teacher_nll"), {"CPU": 8.0, "GPU": 1.0}, stages=["evaluate"])
+
+
+def test_tokenizer_differences():
+    """Two tokenizers are told apart by size, first differing token and end of sequence."""
+    from transformers import AutoTokenizer
+
+    first, second = AutoTokenizer.from_pretrained(TOKENIZER), AutoTokenizer.from_pretrained(TOKENIZER)
+    assert tokenizer_differences(first, second) == [
+        "the same vocabulary, but other merges, normalisation or special tokens"
+    ]
+    second.add_tokens(["extra"])
+    second.eos_token = "extra"
+    assert tokenizer_differences(first, second) == [
+        f"{len(first)} and {len(first) + 1} tokens",
+        "the end of sequence is '<|endoftext|>' and 'extra'",
+    ]

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from openrlhf_bd.config import Config
+from openrlhf_bd.driver.metrics import truncate_metrics
+from openrlhf_bd.driver.training import num_steps
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "max_epochs", "max_steps", "expected"),
+    [
+        # 10 rows in batches of 4: 4 + 4 + 2
+        (4, 1, None, (3, 3)),
+        (4, 2, None, (6, 3)),
+        (4, 2, 5, (5, 3)),
+        (4, 2, 50, (6, 3)),
+        (16, 1, None, (1, 1)),
+    ],
+)
+def test_number_of_steps(batch_size: int, max_epochs: int, max_steps: int | None, expected: tuple[int, int]) -> None:
+    """Steps of all epochs, the last partial batch counted, at most --train.max_steps."""
+    train = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps}
+    assert num_steps(Config.model_validate({"train": train}), 10) == expected
+
+
+def test_metrics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
+    """After a resume from step 2 the records of steps 1 and 2 are kept, and later ones go."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval/x": 1}\n{"step": 3}\n', encoding="utf-8")
+    truncate_metrics(path, after_step=2)
+    assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval/x": 1}\n'
+
+
+def test_no_metrics_yet(tmp_path: Path) -> None:
+    """A run that has no metrics has nothing to drop."""
+    truncate_metrics(tmp_path / "metrics.jsonl", after_step=0)
+    assert not (tmp_path / "metrics.jsonl").exists()
