@@ -1,0 +1,105 @@
+"""The main job from the command line: real Ray, vLLM and DeepSpeed, from prompts to an evaluated student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ray_cluster import local_ray_head
+from tiny_job import job_flags, run_job, write_inputs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from openrlhf_bd.evaluation.results import Evaluation
+from openrlhf_bd.store import StoreReader
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(inputs: Path) -> Path:
+    run = inputs / "run"
+    done = run_job(*job_flags(inputs, run))
+    assert done.returncode == 0, done.stdout
+    return run
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_run_leaves_a_student_that_transformers_loads(finished_run: Path) -> None:
+    """The run folder is a Hugging Face model whose weights were trained and are finite."""
+    student = AutoModelForCausalLM.from_pretrained(finished_run)
+    start = AutoModelForCausalLM.from_pretrained(finished_run.parent / "student")
+    tokenizer = AutoTokenizer.from_pretrained(finished_run)
+    changed = [not torch.equal(a, b) for a, b in zip(student.parameters(), start.parameters(), strict=True)]
+    assert any(changed)
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+    assert student.config.vocab_size >= len(tokenizer)
+
+
+def test_store_holds_every_row_once(finished_run: Path) -> None:
+    """Two samples of each of the 24 prompts, with a set for each token and log-probabilities for each candidate."""
+    reader = StoreReader(finished_run / "teacher_data")
+    assert sorted(reader.row_ids) == sorted(f"{prompt:08d}:{sample}" for prompt in range(24) for sample in range(2))
+    for rollout in reader.rollouts(range(len(reader))):
+        assert rollout.sets is not None
+        assert rollout.sets.num_states - len(rollout.response_ids) == (rollout.finish_reason == "length")
+        assert rollout.sets.logprobs_M is not None
+    reader.verify()
+
+
+def test_metrics_have_every_step_once(finished_run: Path) -> None:
+    """One training record a step with OpenRLHF's names, and a validation record every second step."""
+    records = read_metrics(finished_run)
+    training = [record for record in records if "train/policy_loss" in record]
+    assert [record["step"] for record in training] == [1, 2, 3, 4]
+    assert all({"train/actor_lr", "train/actor_grad_norm", "train/ptx_loss"} <= record.keys() for record in training)
+    assert [record["step"] for record in records if "eval/rouge_l" in record] == [2, 4]
+
+
+def test_evaluation_covers_seeds_and_measures(finished_run: Path) -> None:
+    """Six test prompts at two seeds: Rouge-L and accuracy of each."""
+    scores = Evaluation.read(finished_run).datasets["test"]
+    assert (scores.num_prompts, scores.seeds) == (6, [10, 20])
+    assert scores.rouge_l is not None
+    assert len(scores.rouge_l) == 2
+    assert scores.accuracy is not None
+    assert (finished_run / "report.html").stat().st_size > 10_000
+
+
+def test_same_command_again_reuses_everything(inputs: Path, finished_run: Path) -> None:
+    """A finished run is not done again, and its files stay as they are."""
+    before = (finished_run / "model.safetensors").read_bytes()
+    done = run_job(*job_flags(inputs, finished_run))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("reused") == 2, done.stdout
+    assert (finished_run / "model.safetensors").read_bytes() == before
+
+
+def test_another_run_does_not_touch_the_folder(inputs: Path, finished_run: Path) -> None:
+    """Other options in the folder of a finished run: status 2, the option is named, nothing changes."""
+    done = run_job(*job_flags(inputs, finished_run, algo__distill__gamma="0.5"))
+    assert done.returncode == 2
+    assert "algo.distill.gamma: there 0.99, now 0.5" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_more_gpus_than_the_cluster_has(inputs: Path) -> None:
+    """A job that no node can hold ends with status 2 before an actor starts, and leaves no folder."""
+    with local_ray_head(1, num_gpus=1) as cluster:
+        done = run_job(
+            *job_flags(inputs, inputs / "too_large"), environment={**cluster.env, "RAY_ADDRESS": cluster.address}
+        )
+    assert done.returncode == 2, done.stdout
+    assert "--actor.num_gpus_per_node 2" in done.stdout
+    assert not (inputs / "too_large").exists()
