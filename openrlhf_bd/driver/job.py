@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from openrlhf_bd.driver.progress import console
 from openrlhf_bd.driver.resources import STAGES, Stage, check_cluster
 from openrlhf_bd.driver.run_folder import RunFolder, run_identity
 from openrlhf_bd.driver.teacher_data import make_rows
-from openrlhf_bd.driver.training import TrainingInputs, num_steps, train_student
+from openrlhf_bd.driver.training import TrainingInputs, num_steps, selected_folder, train_student
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.evaluation.checker import load_checker
 from openrlhf_bd.evaluation.report import write_report
@@ -68,11 +69,13 @@ def run(config: Config, *, resolved_config: str, plan: Plan, stages: Sequence[St
             _claim_checkpoints(config, folder)
             _train(config, plan, folder)
         elif "generate" in stages:
-            _rows(config, plan, folder, load_tokenizer(str(config.teacher.model_name_or_path), config))
+            rows = _rows(config, plan, folder, load_tokenizer(str(config.teacher.model_name_or_path), config))
+            console.print(f"rows: {rows} (openrlhf-bd inspect shows them)", highlight=False)
         if "evaluate" in stages and config.eval.test_datasets:
             _evaluate(config, folder)
+            _show_scores(folder)
         if "train" in stages:
-            _report(config, folder)
+            _report(folder)
     return path
 
 
@@ -123,7 +126,11 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
         stop_ids=stop_tokens(str(config.actor.model_name_or_path), config),
         checker=load_checker(config.eval.checker) if config.eval.checker else None,
     )
-    folder.finish("training", **train_student(config, inputs))
+    record = train_student(config, inputs)
+    folder.finish("training", **record)
+    # Only now: a run that was killed before would look for it.
+    selection = record["selection"]
+    shutil.rmtree(selected_folder(config, selection["tag"] if selection else None))
 
 
 def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -164,12 +171,17 @@ def _evaluate(config: Config, folder: RunFolder) -> None:
     folder.finish("evaluation", seconds=round(time.monotonic() - started, 1))
 
 
-def _report(config: Config, folder: RunFolder) -> None:
-    """Tables on the terminal, and the HTML report in the run folder."""
+def _show_scores(folder: RunFolder) -> None:
+    """A table of each test set on the terminal."""
     run = RunData.load(folder.path)
-    if run.evaluation is not None:
-        for dataset in run.evaluation.datasets:
-            console.print(terminal_table(main_table([(run.label, run.evaluation)], dataset)))
+    assert run.evaluation is not None  # it was written, or found, just before
+    for dataset in run.evaluation.datasets:
+        console.print(terminal_table(main_table([(run.label, run.evaluation)], dataset)))
+
+
+def _report(folder: RunFolder) -> None:
+    """The HTML report in the run folder."""
+    run = RunData.load(folder.path)
     rows = folder.finished("rows")
     assert rows is not None  # training finished after it
     write_report(

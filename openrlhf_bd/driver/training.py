@@ -25,7 +25,7 @@ from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
 from openrlhf_bd.student.strategy import checkpoint_folder
 
-BEST_SUFFIX = "_hf"
+SNAPSHOT_SUFFIX = "_hf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,52 @@ class Selection:
     tag: str
 
 
+class Snapshots:
+    """Folders of validated students. One that a checkpoint may name stays until a newer checkpoint is whole.
+
+    A resumed run takes the best student from its newest checkpoint, so that student's folder must be there, even if a
+    better one was found after the checkpoint and the run was killed then.
+
+    Args:
+        folder: of the checkpoints.
+        checkpointed: whether the run saves checkpoints; without any, a superseded student can go at once.
+    """
+
+    def __init__(self, folder: Path, *, checkpointed: bool) -> None:
+        self._folder, self._checkpointed = folder, checkpointed
+        self._superseded: list[str] = []
+
+    def path(self, tag: str) -> Path:
+        """Folder of the student of a tag."""
+        return self._folder / f"{tag}{SNAPSHOT_SUFFIX}"
+
+    def supersede(self, tag: str) -> None:
+        """A better student was found."""
+        self._superseded.append(tag)
+        if not self._checkpointed:
+            self.prune()
+
+    def prune(self) -> None:
+        """Remove what was superseded: the newest checkpoint names a later student."""
+        for tag in self._superseded:
+            shutil.rmtree(self.path(tag), ignore_errors=True)
+        self._superseded.clear()
+
+    def remove(self, tag: str) -> None:
+        """Remove a student that nothing names."""
+        shutil.rmtree(self.path(tag), ignore_errors=True)
+
+
 def num_steps(config: Config, num_rows: int) -> tuple[int, int]:
     """(all optimizer steps, steps of one epoch)."""
     per_epoch = math.ceil(num_rows / config.train.batch_size)
     total = config.train.max_epochs * per_epoch
     return (min(total, config.train.max_steps) if config.train.max_steps else total), per_epoch
+
+
+def saves_checkpoints(config: Config) -> bool:
+    """Whether a run leaves checkpoints to resume from."""
+    return config.ckpt.save_steps > 0 and not config.ckpt.disable_ds
 
 
 class Training:
@@ -75,6 +116,7 @@ class Training:
         self._config, self._inputs, self._ranks, self._engines, self._log = config, inputs, ranks, engines, log
         self._total, self._per_epoch = num_steps(config, len(StoreReader(inputs.store_path)))
         self._best: Selection | None = None
+        self._snapshots = Snapshots(checkpoint_folder(config), checkpointed=saves_checkpoints(config))
 
     def run(self, start_step: int, best: dict[str, Any] | None) -> Selection | None:
         """Steps start_step + 1 to the last; returns the selected student, or None if nothing validated it."""
@@ -102,12 +144,11 @@ class Training:
         return bool(self._engines) and (step % every == 0 or step == self._total)
 
     def _is_checkpoint_step(self, step: int) -> bool:
-        every = self._config.ckpt.save_steps
-        return every > 0 and step % every == 0 and not self._config.ckpt.disable_ds
+        return saves_checkpoints(self._config) and step % self._config.ckpt.save_steps == 0
 
     def _validate(self, step: int) -> None:
         tag = f"best_global_step{step}"
-        folder = checkpoint_folder(self._config) / f"{tag}{BEST_SUFFIX}"
+        folder = self._snapshots.path(tag)
         self._on_ranks("save_hf", str(folder), what=f"the student of step {step} to be saved")
         timeout_s = self._config.cluster.start_timeout_s
         wait_for(
@@ -127,9 +168,9 @@ class Training:
         if self._best is None or values[metric] > self._best.value:
             worse, self._best = self._best, Selection(metric, values[metric], step, tag)
             if worse is not None:
-                shutil.rmtree(checkpoint_folder(self._config) / f"{worse.tag}{BEST_SUFFIX}", ignore_errors=True)
+                self._snapshots.supersede(worse.tag)
         else:
-            shutil.rmtree(folder)
+            self._snapshots.remove(tag)
 
     def _save_checkpoint(self, step: int) -> None:
         best = asdict(self._best) if self._best else None
@@ -139,6 +180,7 @@ class Training:
             {"step": step, "best": best},
             what=f"the checkpoint of step {step}",
         )
+        self._snapshots.prune()
 
 
 @contextmanager
@@ -203,12 +245,12 @@ def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
             log.close()
         if best is None:
             wait_for(
-                ranks.async_run_method("save_hf", str(folder / "final_hf")),
+                ranks.async_run_method("save_hf", str(selected_folder(config, None))),
                 timeout_s=timeout_s,
                 what="the student to be saved",
             )
-    source = checkpoint_folder(config) / f"{best.tag}{BEST_SUFFIX}" if best else folder / "final_hf"
-    _move_to_top(source, folder)
+    source = selected_folder(config, best.tag if best else None)
+    _copy_to_top(source, folder)
     return {
         "steps": total,
         "selected_step": best.step if best else total,
@@ -217,8 +259,14 @@ def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-def _move_to_top(source: Path, folder: Path) -> None:
+def selected_folder(config: Config, tag: str | None) -> Path:
+    """Where the selected student is until the run's record says that training has finished; None: the last student."""
+    if tag is None:
+        return Path(config.ckpt.output_dir) / "final_hf"
+    return checkpoint_folder(config) / f"{tag}{SNAPSHOT_SUFFIX}"
+
+
+def _copy_to_top(source: Path, folder: Path) -> None:
     """Put a Hugging Face model folder's files at the top of the run folder, the weights last."""
     for entry in sorted(source.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):
         shutil.copy2(entry, folder / entry.name)
-    shutil.rmtree(source)

@@ -6,7 +6,7 @@ import pytest
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.metrics import truncate_metrics
-from openrlhf_bd.driver.training import num_steps
+from openrlhf_bd.driver.training import Snapshots, num_steps
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,15 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
     """A run that has no metrics has nothing to drop."""
     truncate_metrics(tmp_path / "metrics.jsonl", after_step=0)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_student_that_a_checkpoint_names_stays(tmp_path: Path, checkpointed: bool) -> None:
+    """A superseded student goes when the next checkpoint is whole, or at once in a run that has no checkpoints."""
+    snapshots = Snapshots(tmp_path, checkpointed=checkpointed)
+    for tag in ("best_global_step1", "best_global_step2"):
+        snapshots.path(tag).mkdir()
+    snapshots.supersede("best_global_step1")
+    assert snapshots.path("best_global_step1").exists() == checkpointed
+    snapshots.prune()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["best_global_step2_hf"]
