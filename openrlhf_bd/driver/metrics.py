@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from openrlhf_bd.config import Config
+from openrlhf_bd.store.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,9 +24,7 @@ def truncate_metrics(path: Path, *, after_step: int) -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.strip() and json.loads(line)["step"] <= after_step
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class MetricsLog:

@@ -18,6 +18,8 @@ from typing import Any
 from openrlhf_bd import __version__
 from openrlhf_bd.config import Config
 from openrlhf_bd.errors import RunFolderError
+from openrlhf_bd.store.files import write_text
+from openrlhf_bd.store.manifest import flatten
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -40,31 +42,14 @@ _NOT_IDENTITY = (
 )
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def run_identity(config: Config) -> dict[str, Any]:
     """The dotted options that decide a run's results, as JSON values."""
     flat = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step, so that a reader sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1))
 
 
 class RunFolder:
@@ -131,7 +116,7 @@ class RunFolder:
                 content = json.loads(run_file.read_text(encoding="utf-8"))
             else:
                 content = {"version": __version__, "created": time.time(), "identity": dict(identity), "stages": {}}
-                write_json(run_file, content)
+                _write(run_file, content)
             yield RunFolder(path, content)
 
     @staticmethod
@@ -150,4 +135,4 @@ class RunFolder:
     def finish(self, stage: str, **record: Any) -> None:
         """Mark a stage as finished, with what later stages and the report want to know of it."""
         self._content["stages"][stage] = record
-        write_json(self.path / RUN_FILE, self._content)
+        _write(self.path / RUN_FILE, self._content)

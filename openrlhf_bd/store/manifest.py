@@ -81,7 +81,7 @@ class StoreManifest(_Frozen):
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for rows to go into the same store: dotted key -> JSON value."""
-        return _flatten(self.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
+        return flatten(self.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
 
     def differences(self, expected: StoreManifest) -> list[str]:
         """Each key of the identity in which this manifest differs: "key: found ..., expected ..."."""
@@ -192,11 +192,12 @@ def _damaged(path: Path, finding: str) -> StoreError:
     )
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones: {"a": {"b": 1}} gives {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

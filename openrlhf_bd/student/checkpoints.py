@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openrlhf_bd.errors import StoreError
+from openrlhf_bd.store.files import write_text
 
 CHECKSUMS = "checksums.json"
 METRIC = "metric.json"
@@ -55,12 +56,7 @@ def settled_digest(path: Path) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True))
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.run_folder import RunFolder, flatten, run_identity
+from openrlhf_bd.driver.run_folder import RunFolder, run_identity
 from openrlhf_bd.errors import RunFolderError
+from openrlhf_bd.store.manifest import flatten
 
 
 def test_flatten_gives_dotted_keys() -> None:
