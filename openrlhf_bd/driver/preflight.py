@@ -290,7 +290,7 @@ def _plan_stage(stage: Stage, config: Config, needs: Needs, tables: Mapping[str,
         seeds = len(config.eval.seeds)
         tokens = seeds * sum(_num_tokens(config, table, config.eval.max_new_tokens) for table in tests)
         rows = seeds * sum(len(table.prompts) for table in tests)
-        return StagePlan(stage, rows, tokens, None, actors, f"{folder}/evaluation.json, report.html")
+        return StagePlan(stage, rows, tokens, None, actors, f"{folder}/evaluation.json")
     table = tables["train"]
     samples = config.rollout.n_samples_per_prompt if needs.rollouts == "teacher" else 1
     rows, tokens = samples * len(table.prompts), samples * _num_tokens(config, table, config.rollout.max_new_tokens)
