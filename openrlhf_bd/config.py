@@ -139,6 +139,12 @@ class TeacherConfig(Section):
     )
     record_logprobs: bool = Field(True, description="record the candidates' log-probabilities too")
     rows_per_shard: PositiveInt = Field(2048, description="rows of one sealed shard")
+    max_engine_restarts: Annotated[int, Field(ge=0)] = Field(
+        16, description="engines replaced after they died, failed or hung, in all"
+    )
+    max_quarantined_rows: Annotated[int, Field(ge=0)] = Field(
+        16, description="rows left out, by name, because each ended two engines by itself"
+    )
 
 
 class VllmConfig(Section):

@@ -62,6 +62,8 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
         reader.verify()
     found = summary(reader)
     console.print(_summary_table(found, reader.path, verified=options.verify))
+    for row in reader.quarantined:
+        console.print(Text(f"quarantined: row {row.row_id} ({row.reason})"))
     for rollout in reader.rollouts(range(min(options.rows, len(reader)))):
         console.print(_ids_text(rollout) if tokenizer is None else _decoded_table(rollout, tokenizer))
     if options.plot is not None:

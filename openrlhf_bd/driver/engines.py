@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,40 @@ from openrlhf_bd.engines.arguments import RecordOptions, engine_arguments, engin
 from openrlhf_bd.teacher.engine import TeacherEngine
 
 
+class EngineActors:
+    """Actors that host one engine each, and can take each other's places.
+
+    Args:
+        start: starts the actor of a place, 0 to num_engines - 1.
+        num_engines: actors.
+
+    Attributes:
+        handles: the actors, by place.
+    """
+
+    def __init__(self, start: Callable[[int], Any], num_engines: int) -> None:
+        self._start = start
+        self.handles = [start(place) for place in range(num_engines)]
+
+    def replace(self, handle: Any) -> Any:
+        """End an actor, whatever state it is in, and start another in its place.
+
+        Returns:
+            The new handle; its `ready()` answers once it can work.
+        """
+        place = self.handles.index(handle)
+        ray.kill(handle)
+        self.handles[place] = self._start(place)
+        return self.handles[place]
+
+    def end(self) -> None:
+        """End all of them."""
+        for handle in self.handles:
+            ray.kill(handle)
+
+
 @contextmanager
-def teacher_engines(config: Config, *, record: RecordOptions, num_engines: int) -> Iterator[list[Any]]:
+def teacher_engines(config: Config, *, record: RecordOptions, num_engines: int) -> Iterator[EngineActors]:
     """Engines that host the teacher and record what the rows need.
 
     Args:
@@ -84,7 +116,7 @@ def student_engines(config: Config, *, model: str) -> Iterator[list[Any]]:
         timeout_s=config.cluster.start_timeout_s,
         what="the student's engines",
     ) as engines:
-        yield engines
+        yield engines.handles
 
 
 @contextmanager
@@ -97,7 +129,7 @@ def engine_actors(
     environment: dict[str, str],
     timeout_s: float,
     what: str,
-) -> Iterator[list[Any]]:
+) -> Iterator[EngineActors]:
     """Actors that host one vLLM engine each, ended with the block.
 
     Args:
@@ -112,19 +144,19 @@ def engine_actors(
     remote_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(actor_class)
     bundles = [{"CPU": 1.0, "GPU": float(gpus_per_engine)}] * num_engines
     with placed(bundles, timeout_s=timeout_s, what=what) as group:
-        actors = [
-            remote_class.options(
+
+        def start(place: int) -> Any:
+            return remote_class.options(
                 num_cpus=1,
                 num_gpus=gpus_per_engine,
                 runtime_env={"env_vars": environment},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
             ).remote(arguments)
-            for index in range(num_engines)
-        ]
+
         console.print(f"[dim]starting {what}: {num_engines}[/dim]", highlight=False)
+        actors = EngineActors(start, num_engines)
         try:
-            wait_for([actor.ready.remote() for actor in actors], timeout_s=timeout_s, what=f"{what} to start")
+            wait_for([actor.ready.remote() for actor in actors.handles], timeout_s=timeout_s, what=f"{what} to start")
             yield actors
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            actors.end()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.prompts import PromptTable, load_evaluation_prompts, parse_test_datasets
 from openrlhf_bd.driver.cluster import wait_for
-from openrlhf_bd.driver.engines import student_engines, teacher_engines
+from openrlhf_bd.driver.engines import EngineActors, student_engines, teacher_engines
 from openrlhf_bd.driver.models import load_tokenizer
 from openrlhf_bd.driver.progress import stage_progress
 from openrlhf_bd.engines.arguments import RecordOptions
@@ -42,16 +41,16 @@ def evaluate_models(config: Config, models: Mapping[str, Path]) -> list[Evaluati
     tokenizer = load_tokenizer(str(first), config)
     tests = load_test_sets(config, str(first))
     checker = load_checker(config.eval.checker) if config.eval.checker else None
-    scorer: AbstractContextManager[list[Any]] = (
+    scorer: AbstractContextManager[EngineActors | None] = (
         teacher_engines(config, record=RecordOptions(top_p=None), num_engines=1)
         if config.eval.teacher_nll
-        else nullcontext([])
+        else nullcontext()
     )
     units = sum(
         num_units(len(table.prompts), config=config, teacher=config.eval.teacher_nll) for table in tests.values()
     )
     evaluations = []
-    with student_engines(config, model=str(first)) as engines, scorer as teachers:
+    with student_engines(config, model=str(first)) as engines, scorer as teacher:
         for label, path in models.items():
             wait_for(
                 [engine.load.remote(str(path)) for engine in engines],
@@ -67,7 +66,7 @@ def evaluate_models(config: Config, models: Mapping[str, Path]) -> list[Evaluati
                         config=config,
                         tokenizer=tokenizer,
                         checker=checker,
-                        teacher=teachers[0] if teachers else None,
+                        teacher=teacher.handles[0] if teacher else None,
                         on_progress=progress.advance,
                     )
                     for name, table in tests.items()

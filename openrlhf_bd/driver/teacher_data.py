@@ -210,4 +210,11 @@ def _generate(config: Config, path: Path, manifest: StoreManifest, prompts: Prom
         stage_progress("teacher generates", manifest.num_rows, "rows") as progress,
     ):
         progress.start_at(len(writer.completed_row_ids()))
-        generate_teacher_data(prompts.prompts, engines, writer, config=config, on_progress=progress.advance)
+        generate_teacher_data(
+            prompts.prompts,
+            engines.handles,
+            writer,
+            config=config,
+            replace_engine=engines.replace,
+            on_progress=progress.advance,
+        )

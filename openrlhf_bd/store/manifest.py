@@ -122,14 +122,22 @@ class ShardEntry(_Frozen):
     footer_sha256: str
 
 
+class QuarantinedRow(_Frozen):
+    """A row that was given up, and why: it ended the engines that worked on it."""
+
+    row_id: str
+    reason: str
+
+
 class StoreState(_Frozen):
     """The content of `manifest.json`.
 
     Attributes:
         store_id: drawn when the store was created and written into each shard, so that a foreign shard is noticed.
-        complete: all rows are there; nothing will be added.
+        complete: all rows are there but the quarantined ones; nothing will be added.
         manifest: what the rows are.
         shards: sealed shards, in the order in which they were sealed.
+        quarantined: rows that were given up.
     """
 
     format_version: int = FORMAT_VERSION
@@ -137,6 +145,7 @@ class StoreState(_Frozen):
     complete: bool = False
     manifest: StoreManifest
     shards: tuple[ShardEntry, ...] = ()
+    quarantined: tuple[QuarantinedRow, ...] = ()
 
     @property
     def num_rows(self) -> int:

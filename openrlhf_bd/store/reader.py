@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openrlhf_bd.errors import StoreError
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store.files import sha256_file
-from openrlhf_bd.store.manifest import StoreManifest, StoreState
+from openrlhf_bd.store.manifest import QuarantinedRow, StoreManifest, StoreState
 from openrlhf_bd.store.order import natural_key
 from openrlhf_bd.store.shard_file import RowGroup, ShardFile, ShardIndex, check_size, foreign_shard, unlisted_shards
 from openrlhf_bd.store.shards import REMEDY
@@ -74,6 +74,11 @@ class StoreReader:
     @property
     def complete(self) -> bool:
         return self._state.complete
+
+    @property
+    def quarantined(self) -> tuple[QuarantinedRow, ...]:
+        """Rows that were given up: they are not among the N."""
+        return self._state.quarantined
 
     @property
     def size_bytes(self) -> int:

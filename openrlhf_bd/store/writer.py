@@ -22,7 +22,7 @@ from openrlhf_bd.store.files import (
     sha256_parquet_footer,
     temporary_name,
 )
-from openrlhf_bd.store.manifest import MANIFEST_FILE, ShardEntry, StoreManifest, StoreState
+from openrlhf_bd.store.manifest import MANIFEST_FILE, QuarantinedRow, ShardEntry, StoreManifest, StoreState
 from openrlhf_bd.store.order import natural_key
 from openrlhf_bd.store.shard_file import SHARD_GLOB, ShardFile, foreign_shard, shard_store_id, unlisted_shards
 from openrlhf_bd.store.shards import arrow_schema, check_rollout, write_shard
@@ -84,6 +84,24 @@ class StoreWriter:
     def completed_row_ids(self) -> frozenset[str]:
         """Ids of the sealed rows: those that need not be made again. Buffered rows are not among them."""
         return frozenset(self._sealed_ids)
+
+    def quarantined_row_ids(self) -> frozenset[str]:
+        """Ids of the rows that were given up; the store is complete without them."""
+        return frozenset(row.row_id for row in self._state.quarantined)
+
+    def quarantine(self, row_id: str, reason: str) -> None:
+        """Give a row up: the store is complete without it, and names it.
+
+        Raises:
+            ValueError: the row is there.
+            StoreError: the disk is full or failing.
+        """
+        self._require_open()
+        if row_id in self._sealed_ids or row_id in self._buffer:
+            raise ValueError(f"{self.path}: row {row_id!r} is there, it cannot be quarantined")
+        if row_id not in self.quarantined_row_ids():
+            row = QuarantinedRow(row_id=row_id, reason=reason)
+            self._save(self._state.model_copy(update={"quarantined": (*self._state.quarantined, row)}))
 
     def append(self, rollouts: Sequence[Rollout]) -> int:
         """Add rows; those whose row_id is in the store already are dropped. Seals each full shard.
@@ -229,11 +247,12 @@ class StoreWriter:
         )
 
     def _require_all_rows(self) -> None:
-        found, expected = self._state.num_rows, self._state.manifest.num_rows
-        if found != expected:
+        expected = self._state.manifest.num_rows - len(self._state.quarantined)
+        if (found := self._state.num_rows) != expected:
             raise StoreError(
                 f"{self.path}: {found} rows, expected {expected} ({self._state.manifest.num_prompts} prompts with "
-                f"{self._state.manifest.n_samples_per_prompt} responses each); the store stays unfinished: "
+                f"{self._state.manifest.n_samples_per_prompt} responses each), {len(self._state.quarantined)} "
+                "quarantined; the store stays unfinished: "
                 "run the same command again to make the missing rows"
             )
 

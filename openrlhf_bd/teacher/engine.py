@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,24 +17,8 @@ from openrlhf_bd.engines.actor import GenerationEngine
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.teacher.recorder import generation_args, scoring_args
+from openrlhf_bd.teacher.requests import RolloutRequest
 from openrlhf_bd.teacher.states import NO_TOKEN, RecordedStates
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutRequest:
-    """One response to sample from the teacher.
-
-    Attributes:
-        row_id: "<prompt_id>:<sample>".
-        prompt_ids: prompt tokens.
-        seed: of this request's sampler.
-        max_new_tokens: longest response.
-    """
-
-    row_id: str
-    prompt_ids: NDArray[np.int32]
-    seed: int
-    max_new_tokens: int
 
 
 class TeacherEngine(GenerationEngine):

@@ -1,24 +1,23 @@
-"""The job that fills a store with the teacher's rollouts: dispatch to engines, commit by row id, resume."""
+"""The job that fills a store with the teacher's rollouts: dispatch to engines, commit by row id, resume, recover."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.errors import BDError, ClusterError, DataError
+from openrlhf_bd.errors import BDError, ClusterError
 from openrlhf_bd.records import Prompt, Rollout
 from openrlhf_bd.store import StoreWriter
-from openrlhf_bd.teacher.engine import RolloutRequest
+from openrlhf_bd.teacher.ledger import Batch, Ledger, Quarantined
+from openrlhf_bd.teacher.requests import rollout_requests
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,9 @@ class GenerationStats:
         stopped_rows: of these, responses that end with a stop token.
         response_tokens: tokens of these responses.
         wall_s: duration so far, seconds.
+        engine_s: time that engines were held for it, seconds, over all engines.
+        replaced_engines: engines that died or hung, and for which another was started.
+        quarantined_rows: rows given up by this run.
     """
 
     total_rows: int
@@ -45,12 +47,20 @@ class GenerationStats:
     stopped_rows: int = 0
     response_tokens: int = 0
     wall_s: float = 0.0
+    engine_s: float = 0.0
+    replaced_engines: int = 0
+    quarantined_rows: int = 0
 
     @property
     def tokens_per_s(self) -> float:
         return self.response_tokens / self.wall_s if self.wall_s > 0 else 0.0
 
-    def after(self, rollouts: Sequence[Rollout], wall_s: float) -> GenerationStats:
+    @property
+    def note(self) -> str:
+        """Speed and cost so far, for a progress bar."""
+        return f"{self.tokens_per_s:.0f} tokens/s, {self.engine_s / 3600:.2f} engine hours"
+
+    def after(self, rollouts: Sequence[Rollout], *, wall_s: float, engine_s: float) -> GenerationStats:
         """With a batch more."""
         return replace(
             self,
@@ -58,16 +68,27 @@ class GenerationStats:
             stopped_rows=self.stopped_rows + sum(rollout.finish_reason == "stop" for rollout in rollouts),
             response_tokens=self.response_tokens + sum(len(rollout.response_ids) for rollout in rollouts),
             wall_s=wall_s,
+            engine_s=engine_s,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Requests at work on an engine since `started`, monotonic seconds."""
+class _Work:
+    """What an engine is doing.
+
+    Attributes:
+        engine: its actor.
+        batch: the rows that it generates; None while it starts.
+        deadline: when it counts as hung, monotonic seconds.
+    """
 
     engine: Any
-    requests: list[RolloutRequest]
-    started: float
+    batch: Batch | None
+    deadline: float
+
+
+class EngineLostError(Exception):
+    """An engine died, hung or failed; the message says how."""
 
 
 def generate_teacher_data(
@@ -76,102 +97,157 @@ def generate_teacher_data(
     writer: StoreWriter,
     *,
     config: Config,
+    replace_engine: Callable[[Any], Any] | None = None,
     on_progress: Callable[[int, str], None] | None = None,
 ) -> GenerationStats:
     """Generate every row of the store that is not there yet.
 
     Each engine works on one batch and gets the next when it returns one, so faster engines do more. Rows are handed to
-    the writer as batches return, in any order; an engine that dies gives its batch to the others.
+    the writer as batches return, in any order. An engine that dies, fails, or keeps a batch too long is replaced, and
+    its rows come again in smaller parts; a row that ends two engines by itself is quarantined (see `ledger`).
 
     Args:
         prompts: all prompts of the store.
         engines: actor handles of `TeacherEngine`, ready.
         writer: of the store, new or resumed; it stays open.
-        config: `rollout`, `data.max_len`, `teacher.max_num_seqs`, `train.seed`, `cluster.generate_timeout_s`.
-        on_progress: called after each committed batch with its number of rows and a note on the speed so far.
+        config: `rollout`, `data.max_len`, `teacher`, `train.seed`, `cluster`.
+        replace_engine: ends an engine's process and returns the handle of another, not ready yet; None: engines that
+            end are not replaced.
+        on_progress: called after each committed batch with its number of rows and a note on speed and cost so far.
 
     Returns:
         What was done.
 
     Raises:
         DataError: a prompt leaves no room for a response.
-        ClusterError: all engines died, or a batch did not return in time. Committed rows stay: run again to go on.
+        ClusterError: no engine is left, or more rows were quarantined than --teacher.max_quarantined_rows allows.
+            Committed rows stay: run again to go on.
         StoreError: rows could not be written.
     """
-    completed = writer.completed_row_ids()
-    total_rows = len(prompts) * config.rollout.n_samples_per_prompt
-    num_pending = sum(1 for _ in rollout_requests(prompts, config=config, completed=completed))
-    stats = GenerationStats(total_rows=total_rows, resumed_rows=total_rows - num_pending)
+    return _Job(prompts, engines, writer, config, replace_engine, on_progress).run()
 
-    started = time.monotonic()
-    waiting = _batches(
-        rollout_requests(prompts, config=config, completed=completed),
-        batch_rows(num_pending, num_engines=len(engines), max_num_seqs=config.teacher.max_num_seqs),
-    )
-    returned: deque[list[RolloutRequest]] = deque()
-    idle, running = deque(engines), dict[Any, _Batch]()
-    while True:
-        while idle and (requests := returned.popleft() if returned else next(waiting, None)):
-            batch = _Batch(idle.popleft(), requests, time.monotonic())
-            running[_submit(batch, config)] = batch
-        if not running:
-            if returned:
+
+class _Job:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        engines: Sequence[Any],
+        writer: StoreWriter,
+        config: Config,
+        replace_engine: Callable[[Any], Any] | None,
+        on_progress: Callable[[int, str], None] | None,
+    ) -> None:
+        done = writer.completed_row_ids() | writer.quarantined_row_ids()
+        total_rows = len(prompts) * config.rollout.n_samples_per_prompt
+        num_pending = sum(1 for _ in rollout_requests(prompts, config=config, completed=done))
+        self._ledger = Ledger(
+            rollout_requests(prompts, config=config, completed=done),
+            batch_rows=batch_rows(num_pending, num_engines=len(engines), max_num_seqs=config.teacher.max_num_seqs),
+        )
+        self._stats = GenerationStats(total_rows=total_rows, resumed_rows=total_rows - num_pending)
+        self._writer, self._config = writer, config
+        self._replace_engine, self._on_progress = replace_engine, on_progress
+        self._idle: deque[Any] = deque(engines)
+        self._running: dict[Any, _Work] = {}
+        self._started = self._counted_until = time.monotonic()
+
+    def run(self) -> GenerationStats:
+        while True:
+            self._dispatch()
+            if not any(work.batch for work in self._running.values()) and not self._ledger.has_waiting:
+                return self._stats
+            if not self._running:
                 raise ClusterError(
-                    f"all {len(engines)} teacher engines died, the last with rows {_span(returned[-1])}; committed "
-                    "rows are safe. See Ray's logs for the cause (often memory), then run the same command again"
+                    f"no teacher engine is left ({self._stats.replaced_engines} were replaced, see "
+                    "--teacher.max_engine_restarts); committed rows are safe. See Ray's logs for the cause (often "
+                    "memory), then run the same command again to resume"
                 )
-            return stats
-        ref = _wait(running, timeout_s=config.cluster.generate_timeout_s)
-        batch = running.pop(ref)
-        try:
-            rollouts = _rollouts(ref)
-        except RayActorError as error:
-            logger.warning("a teacher engine died; its rows %s go to the others: %s", _span(batch.requests), error)
-            returned.append(batch.requests)
-            continue
-        writer.append(rollouts)
-        idle.append(batch.engine)
-        stats = stats.after(rollouts, time.monotonic() - started)
-        if on_progress is not None:
-            on_progress(len(rollouts), f"{stats.tokens_per_s:.0f} tokens/s")
+            self._settle(*self._next())
 
-
-def rollout_requests(
-    prompts: Sequence[Prompt], *, config: Config, completed: Container[str] = ()
-) -> Iterator[RolloutRequest]:
-    """One request a row, the samples of a prompt side by side so that they share its cache.
-
-    Args:
-        prompts: prompts.
-        config: `rollout`, `data.max_len`, `train.seed`.
-        completed: row ids to leave out.
-
-    Raises:
-        DataError: a prompt leaves no room for a response.
-    """
-    for prompt in prompts:
-        room = config.data.max_len - len(prompt.token_ids)
-        if room < 1:
-            raise DataError(
-                f"prompt {prompt.prompt_id}: found {len(prompt.token_ids)} tokens, expected fewer than --data.max_len "
-                f"{config.data.max_len}, which holds prompt and response; raise it, or lower --data.max_prompt_len"
+    def _dispatch(self) -> None:
+        cluster = self._config.cluster
+        while self._idle and (batch := self._ledger.next_batch()):
+            engine = self._idle.popleft()
+            rollout = self._config.rollout
+            ref = engine.generate_rollouts.remote(
+                list(batch.requests), temperature=rollout.temperature, top_p=rollout.top_p
             )
-        limit = config.rollout.max_new_tokens
-        for sample in range(config.rollout.n_samples_per_prompt):
-            row_id = f"{prompt.prompt_id}:{sample}"
-            if row_id not in completed:
-                yield RolloutRequest(
-                    row_id=row_id,
-                    prompt_ids=prompt.token_ids,
-                    seed=row_seed(config.train.seed, row_id),
-                    max_new_tokens=room if limit is None else min(room, limit),
-                )
+            self._running[ref] = _Work(engine, batch, time.monotonic() + cluster.generate_timeout_s)
 
+    def _next(self) -> tuple[Any, _Work]:
+        """Work that has returned, or that is over its time."""
+        ref, work = min(self._running.items(), key=lambda item: item[1].deadline)
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=max(0.0, work.deadline - time.monotonic()))
+        if ready:
+            ref = ready[0]
+        return ref, self._running.pop(ref)
 
-def row_seed(seed: int, row_id: str) -> int:
-    """Sampler seed of a row, in [0, 2^63): the same whatever batch, engine or run the row comes from."""
-    digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    def _settle(self, ref: Any, work: _Work) -> None:
+        self._count_time()
+        try:
+            result = self._result(ref)
+        except EngineLostError as error:
+            self._lose(work, str(error))
+            return
+        self._idle.append(work.engine)
+        if work.batch is not None:
+            self._commit(result)
+
+    def _result(self, ref: Any) -> Any:
+        if not ray.wait([ref], timeout=0)[0]:
+            raise EngineLostError("it did not answer in time")
+        try:
+            return ray.get(ref)
+        except RayActorError as error:
+            raise EngineLostError(f"it died: {_first_line(error)}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, BDError):
+                raise error.cause from None
+            raise EngineLostError(f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
+
+    def _commit(self, rollouts: list[Rollout]) -> None:
+        self._writer.append(rollouts)
+        self._stats = self._stats.after(
+            rollouts, wall_s=time.monotonic() - self._started, engine_s=self._stats.engine_s
+        )
+        if self._on_progress is not None:
+            self._on_progress(len(rollouts), self._stats.note)
+
+    def _lose(self, work: _Work, reason: str) -> None:
+        doing = f"while generating rows {work.batch.span}" if work.batch else "while starting"
+        logger.warning("a teacher engine was lost %s: %s", doing, reason)
+        if work.batch is not None:
+            quarantined = self._ledger.lost(work.batch, reason)
+            if quarantined is not None:
+                self._quarantine(quarantined)
+        if self._replace_engine is None or self._stats.replaced_engines >= self._config.teacher.max_engine_restarts:
+            return
+        self._stats = replace(self._stats, replaced_engines=self._stats.replaced_engines + 1)
+        engine = self._replace_engine(work.engine)
+        deadline = time.monotonic() + self._config.cluster.start_timeout_s
+        self._running[engine.ready.remote()] = _Work(engine, None, deadline)
+
+    def _quarantine(self, row: Quarantined) -> None:
+        limit = self._config.teacher.max_quarantined_rows
+        if self._stats.quarantined_rows >= limit:
+            raise ClusterError(
+                f"row {row.row_id} ended two engines by itself ({row.reason}), and --teacher.max_quarantined_rows is "
+                f"{limit}; committed rows are safe. Look at this prompt, or raise the limit to leave such rows out, "
+                "then run the same command again to resume"
+            )
+        logger.warning("row %s is quarantined: it ended two engines by itself (%s)", row.row_id, row.reason)
+        self._writer.quarantine(row.row_id, row.reason)
+        self._stats = replace(self._stats, quarantined_rows=self._stats.quarantined_rows + 1)
+        if self._on_progress is not None:
+            self._on_progress(1, self._stats.note)
+
+    def _count_time(self) -> None:
+        """Engines are paid for while they are held, at work or not."""
+        now = time.monotonic()
+        # The one whose work has just ended is in neither.
+        held = len(self._idle) + len(self._running) + 1
+        self._stats = replace(self._stats, engine_s=self._stats.engine_s + held * (now - self._counted_until))
+        self._counted_until = now
 
 
 def batch_rows(num_rows: int, *, num_engines: int, max_num_seqs: int) -> int:
@@ -184,39 +260,5 @@ def batch_rows(num_rows: int, *, num_engines: int, max_num_seqs: int) -> int:
     return min(max(wanted, -(-max_num_seqs // 4)), 4 * max_num_seqs)
 
 
-def _batches(requests: Iterator[RolloutRequest], size: int) -> Iterator[list[RolloutRequest]]:
-    while batch := list(islice(requests, size)):
-        yield batch
-
-
-def _submit(batch: _Batch, config: Config) -> Any:
-    return batch.engine.generate_rollouts.remote(
-        batch.requests, temperature=config.rollout.temperature, top_p=config.rollout.top_p
-    )
-
-
-def _wait(running: dict[Any, _Batch], *, timeout_s: float) -> Any:
-    """The reference of a batch that has returned."""
-    oldest = min(running.values(), key=lambda batch: batch.started)
-    left_s = max(0.0, oldest.started + timeout_s - time.monotonic())
-    ready, _ = ray.wait(list(running), num_returns=1, timeout=left_s)
-    if not ready:
-        raise ClusterError(
-            f"a teacher engine did not return rows {_span(oldest.requests)} within {timeout_s:.0f} s; committed rows "
-            "are safe. Raise --cluster.generate_timeout_s, or look for a stuck engine in Ray's logs, then run the same "
-            "command again to resume"
-        )
-    return ready[0]
-
-
-def _rollouts(ref: Any) -> list[Rollout]:
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, BDError):
-            raise error.cause from None
-        raise
-
-
-def _span(requests: Sequence[RolloutRequest]) -> str:
-    return f"{requests[0].row_id} to {requests[-1].row_id}"
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

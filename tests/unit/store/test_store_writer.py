@@ -277,3 +277,27 @@ def test_contradictory_manifests_are_refused(fields: dict[str, object]) -> None:
     """A manifest that contradicts itself can't be made."""
     with pytest.raises(ValueError, match="1 validation error"):
         StoreManifest.model_validate({"num_prompts": 1, **fields})
+
+
+def test_quarantined_row_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    """A row that was given up is in the manifest with its reason; the store is complete without it, and resumable."""
+    rows = teacher_rows()
+    with StoreWriter(tmp_path / "store", teacher_manifest()) as writer:
+        writer.quarantine("train:3:1", "it died")
+        writer.append([row for row in rows if row.row_id not in ("train:3:1", "train:9:1")])
+        writer.suspend()
+    with StoreWriter(tmp_path / "store", teacher_manifest()) as writer:
+        assert writer.quarantined_row_ids() == {"train:3:1"}
+        writer.append([row for row in rows if row.row_id == "train:9:1"])
+    reader = StoreReader(tmp_path / "store")
+    assert len(reader) == 19
+    assert "train:3:1" not in reader.row_ids
+    assert [(row.row_id, row.reason) for row in reader.quarantined] == [("train:3:1", "it died")]
+
+
+def test_sealed_row_cannot_be_quarantined(tmp_path: Path) -> None:
+    """A row that is there stays there."""
+    with StoreWriter(tmp_path / "store", teacher_manifest()) as writer:
+        writer.append(teacher_rows())
+        with pytest.raises(ValueError, match="'train:3:1' is there"):
+            writer.quarantine("train:3:1", "it died")

@@ -6,7 +6,8 @@ import pytest
 from openrlhf_bd.config import Config
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.records import Prompt
-from openrlhf_bd.teacher.generate import batch_rows, rollout_requests, row_seed
+from openrlhf_bd.teacher.generate import batch_rows
+from openrlhf_bd.teacher.requests import rollout_requests, row_seed
 
 
 def prompt(prompt_id: str, num_tokens: int) -> Prompt:

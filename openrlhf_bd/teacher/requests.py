@@ -1,0 +1,69 @@
+"""Which responses a job asks the teacher for: one request a row of the store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openrlhf_bd.config import Config
+from openrlhf_bd.errors import DataError
+from openrlhf_bd.records import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One response to sample from the teacher.
+
+    Attributes:
+        row_id: "<prompt_id>:<sample>".
+        prompt_ids: prompt tokens.
+        seed: of this request's sampler.
+        max_new_tokens: longest response.
+    """
+
+    row_id: str
+    prompt_ids: NDArray[np.int32]
+    seed: int
+    max_new_tokens: int
+
+
+def rollout_requests(
+    prompts: Sequence[Prompt], *, config: Config, completed: Container[str] = ()
+) -> Iterator[RolloutRequest]:
+    """One request a row, the samples of a prompt side by side so that they share its cache.
+
+    Args:
+        prompts: prompts.
+        config: `rollout`, `data.max_len`, `train.seed`.
+        completed: row ids to leave out.
+
+    Raises:
+        DataError: a prompt leaves no room for a response.
+    """
+    for prompt in prompts:
+        room = config.data.max_len - len(prompt.token_ids)
+        if room < 1:
+            raise DataError(
+                f"prompt {prompt.prompt_id}: found {len(prompt.token_ids)} tokens, expected fewer than --data.max_len "
+                f"{config.data.max_len}, which holds prompt and response; raise it, or lower --data.max_prompt_len"
+            )
+        limit = config.rollout.max_new_tokens
+        for sample in range(config.rollout.n_samples_per_prompt):
+            row_id = f"{prompt.prompt_id}:{sample}"
+            if row_id not in completed:
+                yield RolloutRequest(
+                    row_id=row_id,
+                    prompt_ids=prompt.token_ids,
+                    seed=row_seed(config.train.seed, row_id),
+                    max_new_tokens=room if limit is None else min(room, limit),
+                )
+
+
+def row_seed(seed: int, row_id: str) -> int:
+    """Sampler seed of a row, in [0, 2^63): the same whatever batch, engine or run the row comes from."""
+    digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
