@@ -1,6 +1,6 @@
 """Look into a store of rows: what it is, how large its candidate sets are, whether it is whole.
 
-python3 -m openrlhf_bd.cli.inspect_store PATH [--verify] [--rows N [--tokenizer PATH]] [--plot FILE.png]
+python3 -m openrlhf_bd.cli.inspect_store PATH [--verify] [--repair] [--rows N [--tokenizer PATH]] [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from openrlhf_bd.cli.flags import main_guard
-from openrlhf_bd.errors import DataError
+from openrlhf_bd.errors import DataError, StoreError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreReader, StoreSummary, summary
 from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
+from openrlhf_bd.store.manifest import JOB_FILE
+from openrlhf_bd.store.repair import DAMAGED_FOLDER, take_out_damaged
 from openrlhf_bd.store.statistics import SetSummary
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", type=Path, help="folder of the store")
     parser.add_argument("--verify", action="store_true", help="compare every byte with what was sealed (SHA-256)")
+    parser.add_argument(
+        "--repair", action="store_true", help="take damaged shards out, and have exactly their rows made again"
+    )
     parser.add_argument("--rows", type=int, default=0, metavar="N", help="show the first N rows")
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer that decodes the shown rows and their candidates"
@@ -55,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
     tokenizer = _load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if options.repair:
+        repair(options.path, console)
     reader = StoreReader(options.path, require_complete=False)
     if tokenizer is not None:
         _require_same_tokenizer(reader, tokenizer, options.tokenizer)
@@ -70,6 +77,32 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
         plot_summary(found, options.plot)
         console.print(Text(f"drawn: {options.plot}"))
     return 0
+
+
+def repair(path: Path, console: Console) -> None:
+    """Take damaged shards out of a store, and run the job that made it for the rows that are missing.
+
+    Raises:
+        BDError: the store cannot be repaired, or the job fails; what was whole is as it was.
+    """
+    found = take_out_damaged(path)
+    for entry in found.damaged:
+        console.print(Text(f"damaged: {entry.file}, {entry.num_rows:,} rows to make again"))
+    for name in found.unlisted:
+        console.print(Text(f"not of this store: {name}, now in {DAMAGED_FOLDER}/"))
+    if StoreReader(path, require_complete=False).complete:
+        console.print("every shard is whole")
+        return
+    job = path / JOB_FILE
+    if not job.exists():
+        raise StoreError(
+            f"{job}: not found, so the missing rows cannot be made here; run the command that made the store again"
+        )
+    # Imported where it is used: it takes seconds.
+    from openrlhf_bd.cli.jobs import run_stages
+
+    description = "Make the missing rows of a store again."
+    run_stages(["--config", str(job)], stages=("generate",), prog="openrlhf-bd inspect", description=description)
 
 
 def _summary_table(found: StoreSummary, path: Path, *, verified: bool) -> Table:

@@ -20,8 +20,8 @@ from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.progress import console
 from openrlhf_bd.driver.resources import STAGES, Stage, check_cluster
-from openrlhf_bd.driver.run_folder import RunFolder, run_identity
-from openrlhf_bd.driver.teacher_data import make_rows
+from openrlhf_bd.driver.run_folder import CONFIG_FILE, RunFolder, run_identity
+from openrlhf_bd.driver.teacher_data import make_rows, rows_path
 from openrlhf_bd.driver.training import TrainingInputs, num_steps, selected_folder, train_student
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.evaluation.checker import load_checker
@@ -29,6 +29,7 @@ from openrlhf_bd.evaluation.report import write_report
 from openrlhf_bd.evaluation.run_data import RunData
 from openrlhf_bd.evaluation.tables import main_table, terminal_table
 from openrlhf_bd.store import StoreReader, summary
+from openrlhf_bd.store.manifest import MANIFEST_FILE
 from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
 from openrlhf_bd.student.strategy import checkpoint_folder
@@ -64,7 +65,7 @@ def run(config: Config, *, resolved_config: str, plan: Plan, stages: Sequence[St
     """
     path = Path(config.ckpt.output_dir)
     with _session(config, plan, stages), RunFolder.open(path, run_identity(config)) as folder:
-        (path / "config.yaml").write_text(resolved_config, encoding="utf-8")
+        (path / CONFIG_FILE).write_text(resolved_config, encoding="utf-8")
         if "train" in stages:
             _claim_checkpoints(config, folder)
             _train(config, plan, folder)
@@ -85,12 +86,20 @@ def _session(config: Config, plan: Plan, stages: Sequence[Stage]) -> Iterator[No
     needed = {"training"} if "train" in stages else {"rows"} if "generate" in stages else set()
     if "evaluate" in stages and config.eval.test_datasets:
         needed.add("evaluation")
+    if "rows" in needed and _rows_lack(config):
+        needed.add("missing rows")
     if needed <= RunFolder.finished_stages(Path(config.ckpt.output_dir)):
         yield
         return
     with ray_session(num_gpus=plan.num_gpus) as resources:
         check_cluster(config, resources, stages=stages)
         yield
+
+
+def _rows_lack(config: Config) -> bool:
+    """Whether a finished store lost rows to a repair."""
+    path = rows_path(config, resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill))
+    return (path / MANIFEST_FILE).exists() and not StoreReader(path, require_complete=False).complete
 
 
 def _claim_checkpoints(config: Config, folder: RunFolder) -> None:

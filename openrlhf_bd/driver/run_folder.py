@@ -22,6 +22,7 @@ from openrlhf_bd.store.files import write_text
 from openrlhf_bd.store.manifest import flatten
 
 RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 
 # Options that change how a run is carried out, not what comes out of it: they may differ when a run is resumed.
@@ -34,7 +35,7 @@ _NOT_IDENTITY = (
     "ckpt.output_dir",
     "ckpt.path",
     "teacher.num_engines",
-    "teacher.max_num_seqs",
+    "teacher.max_",
     "teacher.gpu_memory_utilization",
     "teacher.enforce_eager",
     "teacher.enable_prefix_caching",

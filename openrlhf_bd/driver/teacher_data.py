@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,12 +18,13 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.data.prompts import PromptTable, gold_rollouts
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.progress import stage_progress
+from openrlhf_bd.driver.run_folder import CONFIG_FILE
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
 from openrlhf_bd.store.fingerprints import fingerprint_model_folder, fingerprint_tokenizer
-from openrlhf_bd.store.manifest import MANIFEST_FILE
+from openrlhf_bd.store.manifest import JOB_FILE, MANIFEST_FILE
 from openrlhf_bd.teacher.generate import generate_teacher_data
 
 # What an algorithm reads may be cut out of sets that were recorded for another: these keys need not be equal.
@@ -209,6 +211,8 @@ def _generate(config: Config, path: Path, manifest: StoreManifest, prompts: Prom
         teacher_engines(config, record=record, num_engines=config.teacher.num_engines) as engines,
         stage_progress("teacher generates", manifest.num_rows, "rows") as progress,
     ):
+        # With it a repair can make rows again, from whatever run made the store.
+        shutil.copyfile(Path(config.ckpt.output_dir) / CONFIG_FILE, path / JOB_FILE)
         progress.start_at(len(writer.completed_row_ids()))
         generate_teacher_data(
             prompts.prompts,

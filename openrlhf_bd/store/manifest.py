@@ -21,6 +21,8 @@ from openrlhf_bd.store.files import write_text
 from openrlhf_bd.store.fingerprints import fingerprint_json
 
 MANIFEST_FILE = "manifest.json"
+# The options of the job that made the rows, as YAML: what a repair repeats.
+JOB_FILE = "job.yaml"
 FORMAT_VERSION = 1
 
 # Recorded for people; two stores that differ in these alone hold the same kind of rows.

@@ -24,6 +24,12 @@ SHARD_GLOB = "shard-*.parquet"
 _ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
+def next_shard_name(state: StoreState) -> str:
+    """Name of the next shard: numbers go on from the last, even where a repair took one out."""
+    number = 1 + max((int(entry.file.removeprefix("shard-").split(".")[0]) for entry in state.shards), default=-1)
+    return f"shard-{number:05d}.parquet"
+
+
 def unlisted_shards(folder: Path, state: StoreState) -> list[Path]:
     """Files named like shards that the manifest does not list."""
     listed = {entry.file for entry in state.shards}

@@ -43,7 +43,10 @@ GROUP_TOKENS = 16_384
 # A group's candidates are bounded as well: sets can hold a whole vocabulary, and list offsets are int32.
 GROUP_CANDIDATES = 1_048_576
 STORE_ID_KEY = b"openrlhf_bd.store_id"
-REMEDY = "restore the file from a copy, or generate the data again at another path"
+REMEDY = (
+    "restore the file from a copy, or have its rows made again: openrlhf-bd inspect PATH --repair, where PATH is the "
+    "store's folder"
+)
 
 
 def token_hash(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32]) -> int:

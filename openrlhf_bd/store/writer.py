@@ -24,7 +24,14 @@ from openrlhf_bd.store.files import (
 )
 from openrlhf_bd.store.manifest import MANIFEST_FILE, QuarantinedRow, ShardEntry, StoreManifest, StoreState
 from openrlhf_bd.store.order import natural_key
-from openrlhf_bd.store.shard_file import SHARD_GLOB, ShardFile, foreign_shard, shard_store_id, unlisted_shards
+from openrlhf_bd.store.shard_file import (
+    SHARD_GLOB,
+    ShardFile,
+    foreign_shard,
+    next_shard_name,
+    shard_store_id,
+    unlisted_shards,
+)
 from openrlhf_bd.store.shards import arrow_schema, check_rollout, write_shard
 
 logger = logging.getLogger(__name__)
@@ -220,7 +227,7 @@ class StoreWriter:
         }
 
     def _seal(self, rollouts: list[Rollout]) -> None:
-        path = self.path / f"shard-{len(self._state.shards):05d}.parquet"
+        path = self.path / next_shard_name(self._state)
         rollouts = sorted(rollouts, key=lambda rollout: natural_key(rollout.row_id))
         try:
             write_shard(temporary_name(path), rollouts, self._schema)
