@@ -36,6 +36,8 @@ COMMANDS = {
     "evaluate": Command("openrlhf_bd.cli.evaluate", "sample from models on test sets and score them"),
     "report": Command("openrlhf_bd.cli.report", "compare runs in one page"),
     "inspect": Command("openrlhf_bd.cli.inspect_store", "look into a folder of the teacher's data"),
+    "export": Command("openrlhf_bd.cli.exchange", "the teacher's data as a Hugging Face data set", ("export",)),
+    "import": Command("openrlhf_bd.cli.exchange", "the teacher's data from a data set that export wrote", ("import",)),
     "list": Command("openrlhf_bd.cli.list_algorithms", "the algorithms that can be named"),
     "new-model": Command("openrlhf_bd.cli.new_model", "a randomly initialised student with a given tokenizer"),
     "demo": Command("openrlhf_bd.demo.pipeline", "teacher to report on the embedded corpus, on this machine's CPUs"),
