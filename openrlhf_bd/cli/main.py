@@ -40,6 +40,7 @@ COMMANDS = {
     "import": Command("openrlhf_bd.cli.exchange", "the teacher's data from a data set that export wrote", ("import",)),
     "list": Command("openrlhf_bd.cli.list_algorithms", "the algorithms that can be named"),
     "new-model": Command("openrlhf_bd.cli.new_model", "a randomly initialised student with a given tokenizer"),
+    "theory": Command("openrlhf_bd.cli.theory", "what candidate sets cost in random MDPs, beside the proven bound"),
     "demo": Command("openrlhf_bd.demo.pipeline", "teacher to report on the embedded corpus, on this machine's CPUs"),
 }
 

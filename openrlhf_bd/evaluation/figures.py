@@ -31,7 +31,7 @@ _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"} | {
     colour: f"var(--s{index})" for index, colour in enumerate(SERIES)
 }
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.edgecolor": MUTED,
@@ -111,7 +111,7 @@ def legend_entries(labels: Sequence[str]) -> dict[str, LegendEntry]:
 
 def to_svg(drawing: Drawing) -> str:
     """The figure as an SVG element for an HTML page: transparent, text as text, colours as the page's variables."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = _figure(drawing, size=drawing.size)
         buffer = io.StringIO()
         metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -128,7 +128,7 @@ def to_svg(drawing: Drawing) -> str:
 def write_files(drawing: Drawing, folder: Path) -> None:
     """Write the figure as PNG and its data as CSV, `<folder>/<name>.png` and `.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         # Alone on a page there is more room than beside others, and the legend needs some of it.
         width, height = drawing.size
         figure = _figure(drawing, size=(6.0, 6.0 * height / width))

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "openrlhf_bd"
 
 # A room may import its own ring and those before it.
 RINGS = (
-    {"errors", "config", "records", "paths", "functional"},
+    {"errors", "config", "records", "paths", "functional", "theory"},
     {"algorithms", "data", "store", "engines", "upstream"},
     {"teacher", "student", "evaluation"},
     {"driver"},
