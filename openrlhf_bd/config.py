@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Interval = Annotated[int, Field(ge=-1), Predicate(bool)]  # in steps; -1, or more than 0
@@ -28,6 +29,9 @@ class Section(BaseModel):
 class BellmanOptions(Section):
     """Options of the Bellman Distill objective (Eq. 17 and its documented variants). Defaults are preset `robust`."""
 
+    objective: Literal["eq17", "released"] = Field(
+        "eq17", description="the published equation, or the terms that the authors' published code computes"
+    )
     top_p: Probability = Field(0.95, description="mass p of the candidate sets (Def. 1); 1 means no mask")
     include_eos: bool = Field(True, description="stop tokens belong to every candidate set")
     alpha: Positive = Field(83.0, description="chi-squared coefficient: the temporal-difference weight is 1/(4 alpha)")
@@ -52,9 +56,23 @@ class BellmanOptions(Section):
     truncated: Literal["bootstrap", "drop"] = Field(
         "bootstrap", description="next value at the end of a cut response: value of the next state, or no term"
     )
-    next_value_gradient: Literal["full", "stop"] = Field("full", description="gradient through the next state's value")
+    next_value_gradient: Literal["full", "stop", "target"] = Field(
+        "full",
+        description="gradient through the next state's value; target: no gradient, and a slow copy of the student",
+    )
+    target_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.995, description="decay a step of the moving average that is the slow copy (next_value_gradient target)"
+    )
+    td_warmup_steps: Count = Field(0, description="steps over which the regulariser's weight grows linearly from 0")
     reduction: Literal["token", "sequence"] = Field("token", description="mean over response tokens, or per-row means")
     tail_coef: NonNegative = Field(1.0, description="coefficient of the binary KL of the mass inside the sets")
+    tail_estimator: Literal["exact", "sampled"] = Field(
+        "exact", description="mass outside the sets: over the vocabulary, or estimated from shared random tokens"
+    )
+    tail_samples: PositiveInt = Field(4096, description="random tokens of a micro-batch, for tail_estimator sampled")
+    tail_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="states whose mass inside is nearer to the teacher's than this get no gradient of the tail"
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,6 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tail_coef": 0.0,
     },
 }
+PRESETS["released"] = {**PRESETS["paper"], "objective": "released", "reduction": "sequence"}
 
 
 class DistillConfig(BellmanOptions):
@@ -76,11 +95,16 @@ class DistillConfig(BellmanOptions):
 
     name: str = Field("bd", description="algorithm: a registered name (`openrlhf-bd list`) or package.module:Class")
     mode: Literal["offline"] = Field("offline", description="offline: the teacher's data is finished before training")
-    preset: Literal["robust", "paper"] = Field(
-        "robust", description="values of the objective's options that are not given: robust, or the published method"
+    preset: Literal["robust", "paper", "released"] = Field(
+        "robust",
+        description="values of the objective's options that are not given: robust, the published method, or what its "
+        "published code computes",
     )
     pretrain_coef: NonNegative = Field(
         1.0, description="coefficient of the language-model loss on --data.pretrain_dataset (J_PT)"
+    )
+    kd_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="share of J_PT that is KL(teacher || student) over the vocabulary; above 0 needs the teacher"
     )
     z_loss_coef: NonNegative = Field(
         0.0, description="coefficient of the squared log-sum-exp of the logits, in cross-entropy losses"
@@ -105,6 +129,11 @@ class AdamConfig(Section):
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay; biases and norms are exempt by name")
 
 
+class MuonConfig(Section):
+    lr: Positive = Field(0.02, description="learning rate of the hidden matrices; actor.adam.lr drives all others")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="Muon momentum")
+
+
 class ActorConfig(Section):
     """`--actor.*`: the student."""
 
@@ -113,8 +142,11 @@ class ActorConfig(Section):
     num_gpus_per_node: PositiveInt = Field(8, description="student ranks a node, one GPU each")
     gradient_checkpointing_enable: bool = Field(False, description="recompute activations in the backward pass")
     gradient_checkpointing_reentrant: bool = Field(False, description="the reentrant form of it")
-    optim: Literal["adam"] = Field("adam", description="optimizer")
+    optim: Literal["adam", "muon"] = Field(
+        "adam", description="optimizer; muon: for the hidden matrices, AdamW for embeddings, biases and norms"
+    )
     adam: AdamConfig = Field(default_factory=AdamConfig)
+    muon: MuonConfig = Field(default_factory=MuonConfig)
     lr_scheduler: str = Field("cosine_with_min_lr", description="a schedule of transformers.get_scheduler")
     lr_warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.03, description="warm-up share of all steps")
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.1, description="final share of the learning rate")
@@ -206,6 +238,21 @@ class TrainConfig(Section):
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps, whatever the epochs")
     seed: int = Field(42, description="seed of order, sampling and initialisation")
     full_determinism_enable: bool = Field(False, description="deterministic kernels")
+    enable_ema: bool = Field(
+        False, description="validate and save a running average of the weights instead of the weights themselves"
+    )
+    ema_beta: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.992, description="share of the old average that stays at each step"
+    )
+
+
+class LoraConfig(Section):
+    rank: Annotated[int, Field(ge=0)] = Field(0, description="rank of the adapters; 0 trains all weights")
+    alpha: PositiveInt = Field(16, description="adapters count for alpha / rank")
+    target_modules: list[str] = Field(
+        ["all-linear"], description="names of the layers that get adapters; all-linear: all but the output head"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="dropout before each adapter")
 
 
 class DeepspeedConfig(Section):
@@ -216,8 +263,12 @@ class DeepspeedConfig(Section):
     attn_implementation: str = Field(
         "auto", description="attention; auto: flash_attention_2 where flash-attn is installed, else sdpa"
     )
+    use_liger_kernel: bool = Field(
+        False, description="Liger's kernels for norms, rotary positions and feed-forward layers (CUDA)"
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     packing_samples: bool = Field(False, description="pack the rows of a micro-batch into one sequence")
-    adam_offload: bool = Field(False, description="optimizer states in host memory")
+    adam_offload: bool = Field(False, description="optimizer states in host memory (no effect on CPUs)")
     zpg: PositiveInt = Field(1, description="ZeRO++ partition size")
     overlap_comm: bool = Field(False, description="overlap communication with the backward pass")
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
@@ -271,6 +322,12 @@ class LoggerConfig(Section):
     """`--logger.*`: metrics."""
 
     logging_steps: PositiveInt = Field(1, description="write metrics every so many steps")
+    diagnostics_steps: PositiveInt = Field(
+        10, description="compute metrics that read all logits at the first step and every so many"
+    )
+    peak_tflops: Positive | None = Field(
+        None, description="peak TFLOP/s of one rank's device, for mfu; none: known by its name, or measured"
+    )
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; none: <ckpt.output_dir>/tensorboard")
 

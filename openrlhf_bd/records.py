@@ -36,7 +36,8 @@ class RecordedSets:
     """Top-p candidate sets of the states of one row, ragged (CSR), as the teacher's engine recorded them.
 
     The candidates of a state are in descending order of teacher probability (ties by lower id). Ids that are always
-    included and lie outside the top-p set come last, which keeps the order.
+    included and lie outside the top-p set come last, which keeps the order. A set has at least one id; sets of p = 1
+    are the whole vocabulary and list none (see `whole`).
 
     Attributes:
         ids_M: candidate token ids.
@@ -49,6 +50,21 @@ class RecordedSets:
     offsets: NDArray[np.int64]
     neg_log_mass_S: NDArray[np.float32]
     logprobs_M: NDArray[np.float32] | None
+
+    @staticmethod
+    def whole(num_states: int) -> RecordedSets:
+        """The sets of p = 1: of each state the whole vocabulary."""
+        return RecordedSets(
+            ids_M=np.empty(0, np.int32),
+            offsets=np.zeros(num_states + 1, np.int64),
+            neg_log_mass_S=np.zeros(num_states, np.float32),
+            logprobs_M=None,
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each set is the whole vocabulary."""
+        return not len(self.ids_M)
 
     @property
     def num_states(self) -> int:

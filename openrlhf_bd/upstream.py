@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ import torch
 import torch.distributed.nn
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero.muon import original_muon
 from torch import Tensor
 
 RING_ATTENTION_MODULE = "openrlhf.models.ring_attn_utils"
@@ -110,6 +113,10 @@ def _adapt_deepspeed_to_cpus() -> None:
     # runs two at a time, so an earlier one could still overwrite weights that were set since.
     TorchBackend.all_gather = _finished(TorchBackend.all_gather)
     TorchBackend.all_gather_into_tensor = _finished(TorchBackend.all_gather_into_tensor)
+    # DeepSpeed compiles the update of its Muon; as it is written it needs no compiler.
+    for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
+        setattr(original_muon, name, inspect.unwrap(getattr(original_muon, name)))
+    stage_1_and_2.muon_update = original_muon.muon_update
 
 
 if is_cpu():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from openrlhf_bd.config import DistillConfig
 from openrlhf_bd.functional.candidates import CandidateSets
@@ -25,12 +25,35 @@ class Needs:
         candidate_sets: the teacher's top-p sets at every state.
         candidate_logprobs: the teacher's log-probabilities of the candidates.
         shift_constant: the mean log-sum-exp of the starting student's logits / tau (functional.head.mean_log_sum_exp).
+        target_network: a moving average of the student's weights, whose logits StepContext.target_head has.
     """
 
     rollouts: Literal["gold", "teacher"]
     candidate_sets: bool = False
     candidate_logprobs: bool = False
     shift_constant: bool = False
+    target_network: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a loss may know of the step that a micro-batch belongs to.
+
+    Attributes:
+        num_tokens: response tokens of the global batch.
+        num_rows: rows of the global batch.
+        step: optimizer step, counted from 1.
+        target_head: the target network's logits at the same states, without gradient; None where `needs` asks for none.
+        generator: for random numbers of the loss, on the head's device; None: torch's own.
+        full_diagnostics: whether metrics that read the logits of the whole vocabulary are wanted.
+    """
+
+    num_tokens: float
+    num_rows: float
+    step: int = 1
+    target_head: StudentHead | None = None
+    generator: Generator | None = None
+    full_diagnostics: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +100,7 @@ class Algorithm(ABC):
         head: StudentHead,
         sets: CandidateSets | None,
         trajectories: Trajectories,
-        *,
-        num_tokens: float,
-        num_rows: float,
+        context: StepContext,
     ) -> LossOutput:
         """Loss of a micro-batch.
 
@@ -87,6 +108,5 @@ class Algorithm(ABC):
             head: student's logits at the S states. Gradient flows.
             sets: candidate sets of the same states; None where `needs` asks for none.
             trajectories: taken tokens and what follows what.
-            num_tokens: response tokens of the global batch.
-            num_rows: rows of the global batch.
+            context: the step that the micro-batch belongs to.
         """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openrlhf_bd.algorithms.base import Algorithm, LossOutput, Needs
+from openrlhf_bd.algorithms.base import Algorithm, LossOutput, Needs, StepContext
 from openrlhf_bd.algorithms.registry import register_algorithm
 from openrlhf_bd.config import DistillConfig
-from openrlhf_bd.functional.bellman import bellman_loss, validate_options
+from openrlhf_bd.functional.bellman import bellman_loss, td_scale_at
 from openrlhf_bd.functional.candidates import CandidateSets
 from openrlhf_bd.functional.head import StudentHead
+from openrlhf_bd.functional.options import validate_options
 from openrlhf_bd.functional.trajectories import Trajectories
 
 
@@ -29,6 +30,7 @@ class BellmanDistill(Algorithm):
             candidate_sets=True,
             candidate_logprobs=options.linear_term == "expected",
             shift_constant=options.q_shift == "constant",
+            target_network=options.next_value_gradient == "target",
         )
 
     def loss(
@@ -36,9 +38,7 @@ class BellmanDistill(Algorithm):
         head: StudentHead,
         sets: CandidateSets | None,
         trajectories: Trajectories,
-        *,
-        num_tokens: float,
-        num_rows: float,
+        context: StepContext,
     ) -> LossOutput:
         if sets is None:
             raise ValueError("no candidate sets: bd needs them at every state (Needs.candidate_sets)")
@@ -47,9 +47,13 @@ class BellmanDistill(Algorithm):
             sets,
             trajectories,
             self.options,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
+            num_tokens=context.num_tokens,
+            num_rows=context.num_rows,
             shift_constant=self.shift_constant,
             stop_ids=self.stop_ids,
+            td_scale=td_scale_at(context.step, self.options),
+            target_head=context.target_head,
+            generator=context.generator,
+            full_diagnostics=context.full_diagnostics,
         )
         return LossOutput(terms.loss, terms.metrics)

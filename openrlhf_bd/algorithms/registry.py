@@ -18,6 +18,7 @@ from openrlhf_bd.errors import ConfigError
 ENTRY_POINT_GROUP = "openrlhf.algorithms"
 BUILT_IN = {
     "bd": "openrlhf_bd.algorithms.bd:BellmanDistill",
+    "kd": "openrlhf_bd.algorithms.kd:WordDistill",
     "sft": "openrlhf_bd.algorithms.sft:SupervisedFineTuning",
     "seqkd": "openrlhf_bd.algorithms.seqkd:SequenceDistill",
 }

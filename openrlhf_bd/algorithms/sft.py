@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openrlhf_bd.algorithms.base import Algorithm, LossOutput, Needs
+from openrlhf_bd.algorithms.base import Algorithm, LossOutput, Needs, StepContext
 from openrlhf_bd.algorithms.registry import register_algorithm
 from openrlhf_bd.config import DistillConfig
 from openrlhf_bd.functional.candidates import CandidateSets
@@ -24,15 +24,13 @@ class SupervisedFineTuning(Algorithm):
         head: StudentHead,
         sets: CandidateSets | None,
         trajectories: Trajectories,
-        *,
-        num_tokens: float,
-        num_rows: float,
+        context: StepContext,
     ) -> LossOutput:
         loss, metrics = token_cross_entropy(
             head,
             trajectories.taken_S,
             reduction_weights(trajectories, self.options.reduction),
-            denominator=num_tokens if self.options.reduction == "token" else num_rows,
+            denominator=context.num_tokens if self.options.reduction == "token" else context.num_rows,
             z_loss_coef=self.options.z_loss_coef,
         )
         return LossOutput(loss, metrics)

@@ -120,6 +120,8 @@ def _summary_table(found: StoreSummary, path: Path, *, verified: bool) -> Table:
     ]
     if found.sets is not None:
         lines += _set_lines(found.sets, top_p=manifest.top_p)
+    elif manifest.has_whole_sets:
+        lines.append(("candidate sets", f"top_p 1: the whole vocabulary, {found.num_states:,} states"))
     lines += [(f"fingerprint {name}", value) for name, value in sorted(manifest.fingerprints.items())]
     lines += [(f"sampling {name}", str(value)) for name, value in sorted(manifest.sampling.items())]
     lines += [("made with", ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))]
@@ -185,6 +187,8 @@ def _decoded_table(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Tabl
 def _set_cells(sets: RecordedSets | None, state: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     if sets is None:
         return "", "", ""
+    if sets.is_whole:
+        return "1.000", "all", "the whole vocabulary"
     start, end = int(sets.offsets[state]), int(sets.offsets[state + 1])
     words = []
     for place in range(start, min(end, start + _SHOWN_CANDIDATES)):
@@ -221,7 +225,9 @@ def plot_summary(found: StoreSummary, path: Path) -> None:
         DataError: the store has no candidate sets, or the file can't be written.
     """
     if found.sets is None:
-        raise DataError(f"--plot {path}: the store has no candidate sets to draw; use a store made with them")
+        raise DataError(
+            f"--plot {path}: the store has no candidate sets to draw; use a store made with them, at a top_p below 1"
+        )
     # Figure alone, without pyplot: no window system and no global state.
     from matplotlib.figure import Figure
 

@@ -1,131 +1,23 @@
-"""From the rows of a global batch to the tensors of each rank's micro-batches.
+"""From rollouts and blocks of pre-training text to the tensors of one micro-batch.
 
-Every rank gets the same number of micro-batches, since DeepSpeed's ranks meet in each of them; where a rank has too
-few rows, a filler takes the place: a row that is computed and counts nothing.
-
-Shapes: N rows of the global batch, B rows of a micro-batch, L positions of a row, S states, M candidates.
+Shapes: B rows of a micro-batch, L positions of a row, S states of the rollouts, P states of the text, M candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from openrlhf_bd.data.assignment import Layout
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.functional.candidates import CandidateSets
 from openrlhf_bd.functional.trajectories import Trajectories, num_states
 from openrlhf_bd.records import Rollout
-
-Layout = Literal["padded", "packed"]
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatchLimit:
-    """How large a micro-batch may be: by rows, or by tokens (with padding, where the layout has it).
-
-    Attributes:
-        rows: most rows; None where tokens count.
-        tokens: most tokens; None where rows count. A longer row is a micro-batch by itself.
-        layout: whether rows are padded to the longest of the micro-batch or packed into one sequence.
-    """
-
-    rows: int | None
-    tokens: int | None
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """One micro-batch of one rank.
-
-    Attributes:
-        rows: positions in the global batch, longest first; at least one.
-        counts: False for a filler, whose loss and metrics are multiplied by 0.
-    """
-
-    rows: NDArray[np.int64]
-    counts: bool
-
-
-def assign_rows(lengths_N: NDArray[np.integer], *, num_ranks: int, limit: MicroBatchLimit) -> list[list[Assignment]]:
-    """Divide the rows of a global batch among ranks and micro-batches.
-
-    Longest rows first, each to the rank with the fewest tokens so far; each rank's rows are then cut in order of
-    length, so that rows of a micro-batch are about as long as each other. Every row is in exactly one micro-batch
-    that counts, and every rank has equally many micro-batches.
-
-    Args:
-        lengths_N: tokens of each row.
-        num_ranks: ranks.
-        limit: size of a micro-batch.
-
-    Returns:
-        Micro-batches of each rank.
-    """
-    longest_first = np.argsort(-lengths_N.astype(np.int64), kind="stable")
-    ranks = _rows_of_ranks(longest_first, lengths_N, num_ranks, equal_rows=limit.rows is not None)
-    if limit.rows is not None:
-        count = -(-max(len(rows) for rows in ranks) // limit.rows)
-        cut = [[part for part in np.array_split(rows, count) if len(part)] for rows in ranks]
-    else:
-        cut = [_cut_by_tokens(rows, lengths_N, limit) for rows in ranks]
-        count = max(len(parts) for parts in cut)
-        cut = [_split_to(parts, count, lengths_N) for parts in cut]
-    filler = Assignment(longest_first[-1:], counts=False)
-    return [[Assignment(part, counts=True) for part in parts] + [filler] * (count - len(parts)) for parts in cut]
-
-
-def _rows_of_ranks(
-    longest_first: NDArray[np.int64], lengths_N: NDArray[np.integer], num_ranks: int, *, equal_rows: bool
-) -> list[NDArray[np.int64]]:
-    """Rows of each rank, longest first. With equal_rows, ranks differ by one row at most."""
-    rows: list[list[int]] = [[] for _ in range(num_ranks)]
-    tokens = [0] * num_ranks
-    least, extra = divmod(len(longest_first), num_ranks)
-    for row in longest_first.tolist():
-        candidates = list(range(num_ranks))
-        if equal_rows:
-            with_extra = sum(len(mine) > least for mine in rows)
-            most = least + (with_extra < extra)
-            candidates = [rank for rank in candidates if len(rows[rank]) < most]
-        rank = min(candidates, key=lambda rank: (tokens[rank], rank))
-        rows[rank].append(row)
-        tokens[rank] += int(lengths_N[row])
-    return [np.array(mine, dtype=np.int64) for mine in rows]
-
-
-def _cut_by_tokens(
-    rows: NDArray[np.int64], lengths_N: NDArray[np.integer], limit: MicroBatchLimit
-) -> list[NDArray[np.int64]]:
-    """Cut one rank's rows, longest first, into micro-batches of at most limit.tokens tokens."""
-    assert limit.tokens is not None
-    parts: list[list[int]] = []
-    taken = 0
-    for row in rows.tolist():
-        # Padded to the first row of the micro-batch, which is its longest.
-        cost = int(lengths_N[parts[-1][0]]) if parts and limit.layout == "padded" else int(lengths_N[row])
-        if not parts or taken + cost > limit.tokens:
-            parts.append([])
-            taken, cost = 0, int(lengths_N[row])
-        parts[-1].append(row)
-        taken += cost
-    return [np.array(part, dtype=np.int64) for part in parts]
-
-
-def _split_to(parts: list[NDArray[np.int64]], count: int, lengths_N: NDArray[np.integer]) -> list[NDArray[np.int64]]:
-    """Halve the largest micro-batches of several rows until there are `count`, as far as rows allow."""
-    parts = list(parts)
-    while len(parts) < count and any(len(part) > 1 for part in parts):
-        divisible = [index for index, part in enumerate(parts) if len(part) > 1]
-        largest = max(divisible, key=lambda index: int(lengths_N[parts[index]].sum()))
-        parts[largest : largest + 1] = np.array_split(parts[largest], 2)
-    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,86 +56,97 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rollouts as tensors.
+    """Rollouts and blocks of pre-training text as tensors of one forward pass.
 
     Attributes:
-        tokens: input of the forward pass; state_index_S runs over the states of `trajectories`.
-        trajectories: actions and how states follow each other.
-        sets: candidate sets of the same states, or None.
-        row_ids: of the rows, for messages.
+        tokens: input of the forward pass; state_index_S has the states of `trajectories`, then those of the text.
+        trajectories: actions of the rollouts and how states follow each other; no state where there is no rollout.
+        sets: candidate sets of the same states; None where the algorithm reads none or there is no rollout.
+        target_P: the token that follows each state of the text.
+        weight: 1, or 0 for a filler, which is computed and counts nothing.
+        names: rows and blocks, for messages.
     """
 
     tokens: TokenBatch
     trajectories: Trajectories
     sets: CandidateSets | None
-    row_ids: tuple[str, ...]
+    target_P: Tensor
+    weight: float
+    names: tuple[str, ...]
+
+    @property
+    def num_states(self) -> int:
+        """States of the rollouts: the first entries of tokens.state_index_S."""
+        return self.trajectories.num_states
+
+    @property
+    def num_targets(self) -> int:
+        """States of the text: the last entries of tokens.state_index_S."""
+        return len(self.target_P)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with tensors on `device`."""
-        sets = None if self.sets is None else self.sets.to(device)
-        return MicroBatch(self.tokens.to(device), self.trajectories.to(device), sets, self.row_ids)
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            trajectories=self.trajectories.to(device),
+            sets=None if self.sets is None else self.sets.to(device),
+            target_P=self.target_P.to(device),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class PretrainBatch:
-    """Blocks of pre-training text as tensors.
+def collate(
+    rollouts: Sequence[Rollout],
+    blocks: Mapping[str, NDArray[np.integer]] | None = None,
+    *,
+    layout: Layout,
+    with_sets: bool,
+    weight: float = 1.0,
+) -> MicroBatch:
+    """Tensors of a micro-batch, on CPU.
 
-    Attributes:
-        tokens: input of the forward pass; its states are all positions of a block but the last.
-        target_S: the token that follows each state.
-    """
-
-    tokens: TokenBatch
-    target_S: Tensor
-
-    def to(self, device: torch.device | str) -> PretrainBatch:
-        """The same batch with tensors on `device`."""
-        return PretrainBatch(self.tokens.to(device), self.target_S.to(device))
-
-
-def collate_rollouts(rollouts: Sequence[Rollout], *, layout: Layout, with_sets: bool) -> MicroBatch:
-    """Tensors of a micro-batch of rollouts, on CPU.
-
-    State t of a row with P prompt tokens is position P - 1 + t: its hidden state predicts response token t.
+    State t of a rollout with P prompt tokens is position P - 1 + t: its hidden state predicts response token t. Every
+    token of a block but the first is the target of the position before it.
 
     Args:
-        rollouts: rows, at least one.
+        rollouts: rows; without blocks at least one.
+        blocks: name -> tokens of a block of pre-training text, at least two.
         layout: pad rows on the right, or pack them into one sequence.
         with_sets: whether the algorithm reads candidate sets; without them a row has no bootstrap state.
+        weight: 1, or 0 for a filler.
 
     Raises:
-        DataError: a prompt is empty, a row has no sets though they are needed, or a row's parts don't fit together.
+        DataError: a prompt or response is empty, a row has no sets though they are needed, or a row's parts don't fit
+            together; the message names the row.
     """
+    blocks = blocks or {}
     rollouts = [rollout if with_sets else replace(rollout, sets=None) for rollout in rollouts]
     _check(rollouts, with_sets=with_sets)
     rows = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
     try:
         states = [np.arange(num_states(rollout), dtype=np.int64) + len(rollout.prompt_ids) - 1 for rollout in rollouts]
-        trajectories = Trajectories.from_rollouts(rollouts)
+        trajectories = Trajectories.from_rollouts(rollouts) if rollouts else _no_trajectories()
     except ValueError as error:
         raise DataError(str(error)) from error
+    rows += list(blocks.values())
+    states += [np.arange(len(block) - 1, dtype=np.int64) for block in blocks.values()]
     recorded = [rollout.sets for rollout in rollouts if rollout.sets is not None]
     return MicroBatch(
         tokens=_packed(rows, states) if layout == "packed" else _padded(rows, states),
         trajectories=trajectories,
-        sets=CandidateSets.from_recorded(recorded) if with_sets else None,
-        row_ids=tuple(rollout.row_id for rollout in rollouts),
+        sets=CandidateSets.from_recorded(recorded) if recorded else None,
+        target_P=torch.from_numpy(np.concatenate([_NO_IDS, *(block[1:] for block in blocks.values())])),
+        weight=weight,
+        names=(*(f"row {rollout.row_id}" for rollout in rollouts), *blocks),
     )
 
 
-def collate_blocks(blocks_BL: NDArray[np.integer]) -> PretrainBatch:
-    """Tensors of pre-training blocks [B, L], on CPU. Every token but the first of a block is a target."""
-    num_blocks, length = blocks_BL.shape
-    ids_BL = torch.from_numpy(blocks_BL.astype(np.int64))
-    positions_BL = torch.arange(num_blocks * length).view(num_blocks, length)
-    tokens = TokenBatch(
-        input_ids=ids_BL,
-        position_ids=torch.arange(length).expand(num_blocks, length),
-        attention_mask=None,
-        state_index_S=positions_BL[:, :-1].flatten(),
-        num_tokens=num_blocks * length,
-    )
-    return PretrainBatch(tokens=tokens, target_S=ids_BL[:, 1:].flatten())
+_NO_IDS = np.empty(0, dtype=np.int64)
+
+
+def _no_trajectories() -> Trajectories:
+    none = torch.from_numpy(_NO_IDS)
+    return Trajectories(taken_S=none, next_S=none, terminal_S=none.bool(), row_S=none)
 
 
 def _check(rollouts: Sequence[Rollout], *, with_sets: bool) -> None:

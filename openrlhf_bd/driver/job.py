@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.algorithms.registry import resolve_algorithm
@@ -16,6 +17,7 @@ from openrlhf_bd.data.pretrain import write_pretrain_blocks
 from openrlhf_bd.driver.cluster import ray_session
 from openrlhf_bd.driver.evaluation import evaluate_models
 from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
+from openrlhf_bd.driver.objective import unheld_logits
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.progress import console
@@ -135,6 +137,9 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
         stop_ids=stop_tokens(str(config.actor.model_name_or_path), config),
         checker=load_checker(config.eval.checker) if config.eval.checker else None,
     )
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    if warning := unheld_logits(config, needs):
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
     record = train_student(config, inputs)
     folder.finish("training", **record)
     # Only now: a run that was killed before would look for it.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,41 @@ def truncate_metrics(path: Path, *, after_step: int) -> None:
         if line.strip() and json.loads(line)["step"] <= after_step
     ]
     write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def wall_clock_rates(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Tokens a second and model FLOP utilisation by the clock on the wall.
+
+    The ranks' own rates are over what they spend computing; these also have data, communication with the driver and
+    logging in them.
+
+    Args:
+        metrics: of one training step.
+        seconds: from the end of the step before to the end of this one.
+    """
+    compute_s = metrics["time_forward_backward_s"] + metrics["time_optimizer_s"]
+    share = compute_s / seconds
+    return {"tokens_per_s_wall": metrics["tokens_per_s"] * share, "mfu_wall": metrics["mfu"] * share}
+
+
+class Stopwatch:
+    """Wall clock from one step to the next, without what does not belong to training."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started = clock, clock()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, pauses left out."""
+        now = self._clock()
+        seconds, self._started = now - self._started, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        paused = self._clock()
+        yield
+        self._started += self._clock() - paused
 
 
 class MetricsLog:

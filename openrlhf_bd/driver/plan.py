@@ -66,6 +66,7 @@ class Plan:
         stages: in the order in which they run.
         data_sets: one line for each data set that was read.
         tables: the prompts that were read: "train", "validation", and "test:<name>".
+        notes: what the stages put into memory that is easily overlooked.
         warnings: what is allowed and probably not meant.
         disk_bytes: disk space that the job takes at most.
         free_bytes: disk space that there is.
@@ -74,6 +75,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     data_sets: tuple[str, ...]
     tables: Mapping[str, PromptTable] = field(repr=False)
+    notes: tuple[str, ...]
     warnings: tuple[str, ...]
     disk_bytes: int
     free_bytes: int
@@ -96,6 +98,7 @@ class Plan:
         lines = [
             *self.data_sets,
             *(f"{stage.name} writes {stage.files}" for stage in self.stages),
+            *self.notes,
             f"GPUs of the largest stage: {self.num_gpus}",
             f"disk space: {format_bytes(self.disk_bytes)} at most, {format_bytes(self.free_bytes)} free",
             *(f"warning: {warning}" for warning in self.warnings),

@@ -27,7 +27,9 @@ from openrlhf_bd.data.prompts import (
 )
 from openrlhf_bd.driver.model_files import ModelFacts, inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
+from openrlhf_bd.driver.objective import check_kd_ratio, unheld_logits, uses_pretrain
 from openrlhf_bd.driver.plan import Plan, StagePlan, format_bytes
+from openrlhf_bd.driver.rank_memory import rank_memory_notes
 from openrlhf_bd.driver.resources import (
     STAGES,
     Stage,
@@ -43,6 +45,8 @@ from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
 
 # Of the pre-training text only the first records are read here; all of it is read when its blocks are written.
 _PRETRAIN_RECORDS = 1000
+# Schedules that ask for more than the number of a step, which does not reach them: a metric, or steps of the decay.
+_OTHER_SCHEDULES = ("greedy", "reduce_lr_on_plateau", "warmup_stable_decay")
 # A stored response token at top_p 0.95: ids of its candidates, their log-probabilities, and what every token has.
 _STORE_BYTES_PER_TOKEN = 40
 
@@ -88,12 +92,15 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
     plans = tuple(_plan_stage(stage, config, needs, data.tables) for stage in stages)
     store_bytes = sum(plan.tokens * _STORE_BYTES_PER_TOKEN for plan in plans if plan.name == "generate")
     warnings = [*_warnings(config, stages, needs, data.tables), *_vocabulary_warnings(models)]
+    teacher = models.get("--teacher.model_name_or_path")
+    notes = rank_memory_notes(config, needs, student=student, teacher=teacher) if "train" in stages else []
     if certain_bytes + store_bytes > free:
         warnings.append("the teacher's data may not fit on the disk if responses are as long as they may be")
     return Plan(
         stages=plans,
         data_sets=tuple(data.lines),
         tables=data.tables,
+        notes=tuple(notes),
         warnings=tuple(warnings),
         disk_bytes=certain_bytes + store_bytes,
         free_bytes=free,
@@ -115,6 +122,7 @@ def _check_training_options(config: Config) -> None:
     from openrlhf_bd.student.strategy import make_strategy
 
     make_strategy(config)
+    check_kd_ratio(config)
     num_ranks = config.actor.num_nodes * config.actor.num_gpus_per_node
     if config.train.batch_size < num_ranks:
         raise ConfigError(
@@ -122,7 +130,7 @@ def _check_training_options(config: Config) -> None:
             f"ranks (--actor.num_nodes {config.actor.num_nodes} x --actor.num_gpus_per_node "
             f"{config.actor.num_gpus_per_node}); raise it, or take fewer ranks"
         )
-    schedules = [schedule.value for schedule in SchedulerType]
+    schedules = [schedule.value for schedule in SchedulerType if schedule.value not in _OTHER_SCHEDULES]
     if config.actor.lr_scheduler not in schedules:
         raise ConfigError(
             f"--actor.lr_scheduler is {config.actor.lr_scheduler!r}; expected one of {', '.join(schedules)}"
@@ -160,7 +168,7 @@ def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFac
     """Facts of the models that the stages load, by the option that names each."""
     teacher_option, student_option = "--teacher.model_name_or_path", "--actor.model_name_or_path"
     wanted: dict[str, tuple[str | None, int, str]] = {}
-    if "generate" in stages or ("evaluate" in stages and config.eval.teacher_nll):
+    if _loads_teacher(config, stages):
         wanted[teacher_option] = (config.teacher.model_name_or_path, config.teacher.tensor_parallel_size, "teacher")
     if "train" in stages or (stages == ["evaluate"] and config.actor.model_name_or_path is not None):
         wanted[student_option] = (config.actor.model_name_or_path, config.vllm.tensor_parallel_size, "vllm")
@@ -181,22 +189,20 @@ def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFac
             )
         models[option] = facts
     if "train" in stages:
-        _check_family(models[student_option], config)
+        from openrlhf_bd.student.live_teacher import check_live_teacher
+        from openrlhf_bd.student.loading import check_family
+        from openrlhf_bd.student.lora import check_lora
+
+        check_family(models[student_option].family, config)
+        check_lora(config)
+        if config.algo.distill.kd_ratio > 0:
+            check_live_teacher(models[teacher_option].family, config)
     return models
 
 
-def _check_family(student: ModelFacts, config: Config) -> None:
-    from openrlhf_bd.student.model import FAMILIES, FAMILIES_WITHOUT_PACKING
-
-    if student.family not in FAMILIES:
-        raise ConfigError(
-            f"--actor.model_name_or_path {student.name}: models of type {student.family} cannot be students; expected "
-            f"one of {', '.join(FAMILIES)}"
-        )
-    if config.ds.packing_samples and student.family in FAMILIES_WITHOUT_PACKING:
-        raise ConfigError(
-            f"--ds.packing_samples: models of type {student.family} cannot tell packed rows apart; leave it out"
-        )
+def _loads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    live = "train" in stages and config.algo.distill.kd_ratio > 0
+    return live or "generate" in stages or ("evaluate" in stages and config.eval.teacher_nll)
 
 
 def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
@@ -205,7 +211,7 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
     if own is None:
         raise ConfigError("--actor.model_name_or_path is not given; name a model folder, or a model on the hub")
     tokenizer = load_tokenizer(own, config)
-    if teacher is not None and own != teacher and ("generate" in stages or config.eval.teacher_nll):
+    if teacher is not None and own != teacher and _loads_teacher(config, stages):
         check_same_tokenizer(load_tokenizer(teacher, config), tokenizer, teacher=teacher, student=own)
     tables = {}
     if "generate" in stages or "train" in stages:
@@ -227,13 +233,9 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
         for name, spec in parse_test_datasets(config.eval.test_datasets or "").items():
             tables[f"test:{name}"] = load_evaluation_prompts(config, tokenizer, spec=spec, purpose="test")
     lines = [f"{name}: {table.summary()}" for name, table in tables.items()]
-    if "train" in stages and _uses_pretrain(config):
+    if "train" in stages and uses_pretrain(config):
         lines.append(f"pretrain: {check_pretrain(config, num_records=_PRETRAIN_RECORDS)} records")
     return _Data(tables, lines, tokenizer)
-
-
-def _uses_pretrain(config: Config) -> bool:
-    return config.data.pretrain_dataset is not None and config.algo.distill.pretrain_coef > 0
 
 
 def check_same_tokenizer(
@@ -315,12 +317,10 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
         found.append(r"--data.input_template holds the two characters \n, not a line break; in bash write $'...\n...'")
     if "train" not in stages:
         return found
-    distill = config.algo.distill
-    if needs.candidate_sets and distill.tail_coef == 0 and not _uses_pretrain(config):
-        found.append(
-            "nothing holds the logits outside the candidate sets: the student may put mass on tokens that the teacher "
-            "excludes. Give --data.pretrain_dataset, or --algo.distill.tail_coef 1"
-        )
+    if warning := unheld_logits(config, needs):
+        found.append(warning)
+    if config.actor.optim == "muon" and config.actor.adam.weight_decay > 0:
+        found.append("--actor.adam.weight_decay with --actor.optim muon: biases and norms decay too")
     if config.eval.dataset is None:
         found.append("no --eval.dataset: the student of the last step is kept, whether or not it is the best")
     rows = len(tables["train"].prompts) * (config.rollout.n_samples_per_prompt if needs.rollouts == "teacher" else 1)

@@ -20,6 +20,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 _PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # fp32 weights and the two moments of Adam, beside the parameters themselves.
 _OPTIMIZER_BYTES = 12
+_AVERAGE_BYTES = 4
 
 
 def takes_part(stage: Stage, config: Config, needs: Needs) -> bool:
@@ -104,6 +105,9 @@ def student_bytes(config: Config, student: ModelFacts | None) -> int:
     copies = 3 if config.eval.dataset else 2
     if config.ckpt.disable_ds or config.ckpt.save_steps < 0:
         return copies * weights
-    checkpoint = weights + student.num_parameters * _OPTIMIZER_BYTES
+    num_averages = config.train.enable_ema + (config.algo.distill.next_value_gradient == "target")
+    # Of adapters all this is little.
+    trained = student.num_parameters if config.ds.lora.rank == 0 else 0
+    checkpoint = weights + trained * (_OPTIMIZER_BYTES + num_averages * _AVERAGE_BYTES)
     kept = min(config.ckpt.max_num * checkpoint, config.ckpt.max_mem * 1e9)
     return int(copies * weights + kept + checkpoint)

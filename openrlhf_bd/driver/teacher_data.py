@@ -98,11 +98,7 @@ def _is_complete(path: Path, wanted: StoreManifest, *, need_sets: bool) -> bool:
         difference for difference in reader.manifest.differences(wanted) if not difference.startswith(_SET_KEYS)
     ]
     if need_sets and not _sets_serve(reader.manifest, wanted):
-        differing.append(
-            f"candidate sets: found top_p {reader.manifest.top_p}, always included {reader.manifest.always_include}, "
-            f"log-probabilities {reader.manifest.has_logprobs}; expected {wanted.top_p}, {wanted.always_include}, "
-            f"{wanted.has_logprobs} or more"
-        )
+        differing.append(f"candidate sets: found {_set_words(reader.manifest)}; expected {_set_words(wanted)} or more")
     if differing:
         raise RunFolderError(
             f"{path}: the finished store there was made otherwise than this job needs:\n  "
@@ -118,6 +114,14 @@ def _sets_serve(found: StoreManifest, wanted: StoreManifest) -> bool:
         return found.has_logprobs or not wanted.has_logprobs
     larger = found.top_p is not None and wanted.top_p is not None and found.top_p >= wanted.top_p
     return larger and found.has_logprobs and set(wanted.always_include) <= set(found.always_include)
+
+
+def _set_words(manifest: StoreManifest) -> str:
+    if manifest.has_whole_sets:
+        return "top_p 1, where no ids are listed that could be cut"
+    return (
+        f"top_p {manifest.top_p}, always included {manifest.always_include}, log-probabilities {manifest.has_logprobs}"
+    )
 
 
 def _gold_manifest(config: Config, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase) -> StoreManifest:
@@ -137,6 +141,8 @@ def _teacher_manifest(
     config: Config, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]
 ) -> StoreManifest:
     options = config.algo.distill
+    # At p = 1 each set is the whole vocabulary: no ids are stored, and nothing about them.
+    has_ids = options.top_p < 1
     return StoreManifest(
         kind="teacher",
         fingerprints={
@@ -145,8 +151,8 @@ def _teacher_manifest(
             "teacher": fingerprint_model_folder(str(config.teacher.model_name_or_path)),
         },
         top_p=options.top_p,
-        always_include=tuple(stop_ids) if options.include_eos else (),
-        has_logprobs=config.teacher.record_logprobs,
+        always_include=tuple(stop_ids) if options.include_eos and has_ids else (),
+        has_logprobs=config.teacher.record_logprobs and has_ids,
         sampling={
             "temperature": config.rollout.temperature,
             "top_p": config.rollout.top_p,

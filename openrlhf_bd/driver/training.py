@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.cluster import placed, wait_for
 from openrlhf_bd.driver.engines import student_engines
-from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, truncate_metrics
+from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.progress import console, stage_progress
 from openrlhf_bd.evaluation.evaluate import validate
 from openrlhf_bd.records import Prompt
@@ -124,12 +124,15 @@ class Training:
         title = f"train {self._config.algo.distill.name}"
         with stage_progress(title, self._total, "steps") as progress:
             progress.start_at(start_step)
+            watch = Stopwatch()
             for step in range(start_step + 1, self._total + 1):
                 metrics = self._on_ranks("train_step", step, what=f"training step {step}")[0]
+                metrics |= wall_clock_rates(metrics, watch.lap())
                 if step % self._config.logger.logging_steps == 0:
                     self._log.train(step, step / self._per_epoch, metrics)
                 if self._is_validation_step(step):
-                    self._validate(step)
+                    with watch.paused():
+                        self._validate(step)
                 if self._is_checkpoint_step(step):
                     self._save_checkpoint(step)
                 progress.advance(note=f"loss {metrics['loss']:.4f}")
@@ -269,4 +272,7 @@ def selected_folder(config: Config, tag: str | None) -> Path:
 def _copy_to_top(source: Path, folder: Path) -> None:
     """Put a Hugging Face model folder's files at the top of the run folder, the weights last."""
     for entry in sorted(source.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):
-        shutil.copy2(entry, folder / entry.name)
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(entry, folder / entry.name)

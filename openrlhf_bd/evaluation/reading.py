@@ -15,6 +15,10 @@ _PRESETS = {
         "1/(4 alpha) at alpha 0.1, no term for the mass outside the sets). Its figures say how the published objective "
         "does on this data at this size; they are no reproduction of the paper's tables."
     ),
+    "released": (
+        "What the authors' published code computes in the place of the published objective: no term depends on the "
+        "tokens of the responses, and chi-squared acts on the next state's value alone. It is here for comparison."
+    ),
     "robust": (
         "Not the published method. It keeps the teacher's candidate sets and changes the objective: "
         "the expectation over the projected teacher in the place of the sampled action, a term for the mass outside "

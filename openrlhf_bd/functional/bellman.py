@@ -6,28 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch import Generator, Tensor
 
-from openrlhf_bd.config import BellmanOptions
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.candidates import CandidateSets
 from openrlhf_bd.functional.diagnostics import LossParts, bellman_diagnostics
-from openrlhf_bd.functional.head import DenseHead, StudentHead
+from openrlhf_bd.functional.head import DenseHead, StudentHead, WeightedTerm
 from openrlhf_bd.functional.metrics import Metrics
+from openrlhf_bd.functional.options import validate_options
 from openrlhf_bd.functional.regularisers import reward_penalty
+from openrlhf_bd.functional.released import released_terms, released_weights
 from openrlhf_bd.functional.segments import segment_logsumexp
 from openrlhf_bd.functional.trajectories import Trajectories, reduction_weights
 from openrlhf_bd.functional.values import (
-    NEG_INF,
+    ActionValues,
+    Transitions,
+    action_values,
     negative_log_policy_expected,
     negative_log_policy_taken,
-    q_values,
-    teacher_mass,
     transitions,
 )
+
+if TYPE_CHECKING:
+    from openrlhf_bd.config import BellmanOptions
 
 
 @dataclass(frozen=True)
@@ -53,23 +57,33 @@ def bellman_loss(
     num_rows: float,
     shift_constant: float | None = None,
     stop_ids: Sequence[int] = (),
+    td_scale: float = 1.0,
+    target_head: StudentHead | None = None,
+    generator: Generator | None = None,
+    full_diagnostics: bool = True,
 ) -> BellmanTerms:
     """Offline Bellman Distill loss of a micro-batch (Eq. 17, negated), and the binary tail term.
 
-    L = (1/N) sum_t { u_t [-Q_t(a_t) + V_t] + u_t d_t [r_t - phi(r_t)] + lambda_tail tail_t }
+    L = (1/N) sum_t { u_t [-Q_t(a_t) + V_t] + w u_t d_t [r_t - phi(r_t)] + lambda_tail tail_t }
 
     With chi-squared r - phi(r) = r^2 / (4 alpha). `linear_term expected` replaces u_t [-Q_t(a_t) + V_t] by its
     expectation under the teacher, in every state with an action; `out_of_set` then concerns the second term alone.
+    `objective released` has its own first two terms (functional.released).
 
     Args:
         head: student's logits at the states. Gradient flows.
-        sets: the teacher's candidate sets at the same states.
+        sets: the teacher's candidate sets at the same states, or the whole vocabulary (CandidateSets.whole).
         trajectories: taken tokens and what follows what.
         options: every choice, see config.BellmanOptions.
         num_tokens: N, response tokens of the global batch, for options.reduction token.
         num_rows: rows of the global batch, for options.reduction sequence (the mean of per-row means).
         shift_constant: nats, in units of logits / tau; for options.q_shift constant.
         stop_ids: stop tokens, for the metric of their probability alone.
+        td_scale: w, the warm-up of the regulariser's weight (see td_scale_at).
+        target_head: the target network's logits at the same states, for options.next_value_gradient target. No
+            gradient flows.
+        generator: draws the tokens of options.tail_estimator sampled; on the head's device. None: torch's own.
+        full_diagnostics: also compute metrics that read all logits; without it they are there where they cost nothing.
 
     Returns:
         BellmanTerms; a non-finite loss is returned as it is.
@@ -80,28 +94,30 @@ def bellman_loss(
     """
     validate_options(options)
     denominator = num_tokens if options.reduction == "token" else num_rows
-    _check_shapes(head, sets, trajectories, denominator)
+    _check_inputs(head, sets, trajectories, options, denominator)
     head = head.tempered(options.tau)
     z_M = head.at_candidates(sets)
-    q_M, clipped_M = q_values(z_M, head, sets, options, shift_constant=shift_constant)
-    steps = transitions(q_M, sets, trajectories, options)
+    weight_S = _weights(trajectories, options, dtype=z_M.dtype)
+    # First of all terms: a pass over the vocabulary for the tail also gives the maximum or log-sum-exp of the shift.
+    tail = _tail(head, z_M, sets, options, options.tail_coef / denominator * weight_S, generator)
 
-    action_S = trajectories.has_action_S
-    if options.linear_term == "sampled":
-        linear_S = negative_log_policy_taken(steps)
+    taken_S = trajectories.taken_S
+    values = action_values(head, z_M, sets, taken_S, options, shift_constant=shift_constant)
+    target_values = _target_values(target_head, sets, taken_S, options, shift_constant=shift_constant)
+    steps = transitions(values, trajectories, options, target_values=target_values)
+    if options.objective == "released":
+        linear_S, td_S = released_terms(
+            values, sets, trajectories, alpha=options.alpha, gamma=options.gamma, vocab_size=head.vocab_size
+        )
     else:
-        linear_S = torch.where(action_S, negative_log_policy_expected(q_M, steps.value_S, sets), 0.0)
-    td_S = reward_penalty(steps.reward_S, name=options.regulariser, alpha=options.alpha)
-    tail_S = torch.zeros_like(linear_S)
-    if options.tail_coef > 0:
-        tail_S = options.tail_coef * torch.where(action_S, tail_cross_entropy(z_M, head, sets), 0.0)
+        linear_S, td_S = _eq17_terms(values, steps, sets, trajectories, options)
+    td_S = td_scale * td_S
 
-    weight_S = reduction_weights(trajectories, options.reduction)
-    parts = LossParts(linear_S, td_S, tail_S, weight_S)
-    loss = (weight_S * (linear_S + td_S + tail_S)).sum() / denominator
-    return BellmanTerms(
-        loss, bellman_diagnostics(head, sets, trajectories, z_M, clipped_M, steps, parts, stop_ids=stop_ids)
+    parts = LossParts(linear_S, td_S, options.tail_coef * tail.value_S, weight_S)
+    metrics = bellman_diagnostics(
+        head, sets, trajectories, z_M, values.clipped_M, steps, parts, stop_ids=stop_ids, full=full_diagnostics
     )
+    return BellmanTerms((weight_S * (linear_S + td_S)).sum() / denominator + tail.sum, metrics)
 
 
 def bellman_loss_from_logits(
@@ -114,8 +130,12 @@ def bellman_loss_from_logits(
     num_rows: float,
     shift_constant: float | None = None,
     stop_ids: Sequence[int] = (),
+    td_scale: float = 1.0,
+    target_logits_SV: Tensor | None = None,
+    generator: Generator | None = None,
+    full_diagnostics: bool = True,
 ) -> BellmanTerms:
-    """bellman_loss of dense logits, [S, V]; see there."""
+    """bellman_loss of dense logits, [S, V]: the plain reference of every faster head; see there."""
     return bellman_loss(
         DenseHead(logits_SV),
         sets,
@@ -125,74 +145,92 @@ def bellman_loss_from_logits(
         num_rows=num_rows,
         shift_constant=shift_constant,
         stop_ids=stop_ids,
+        td_scale=td_scale,
+        target_head=None if target_logits_SV is None else DenseHead(target_logits_SV),
+        generator=generator,
+        full_diagnostics=full_diagnostics,
     )
 
 
-def tail_cross_entropy(z_M: Tensor, head: StudentHead, sets: CandidateSets) -> Tensor:
-    """Cross-entropy between the teacher's and the student's mass inside and outside the candidate set.
-
-    -P log P_theta - (1 - P) log(1 - P_theta),   P_theta = sum_{a in A_p(s)} softmax(z)(a)
-
-    P_theta is the sigmoid of log sum exp inside minus log sum exp outside, both exact. 1 - P_theta taken from the
-    whole partition function would vanish in float32 for a confident student, and its gradient with it.
+def td_scale_at(step: int, options: BellmanOptions) -> float:
+    """Warm-up of the regulariser's weight: min(1, step / td_warmup_steps); 1 without a warm-up.
 
     Args:
-        z_M: logits at the candidates. Gradient flows.
-        head: logits at the states. Gradient flows: softmax(z) is pulled towards mass P on the set.
-        sets: candidate sets.
-
-    Returns:
-        [S], nats; 0 where the set is the whole vocabulary.
+        step: optimizer step, counted from 1.
+        options: td_warmup_steps.
     """
-    inside_S = segment_logsumexp(z_M, sets.state_M, sets.num_states)
-    outside_S = head.logsumexp_outside(sets)
-    everything_S = outside_S == NEG_INF
-    logit_S = torch.where(everything_S, 0.0, inside_S - outside_S)
-    mass_S = teacher_mass(sets, dtype=z_M.dtype)
-    rest_S = -torch.expm1(-sets.neg_log_mass_S.to(z_M.dtype))
-    tail_S = -mass_S * logsigmoid(logit_S) - rest_S * logsigmoid(-logit_S)
-    return torch.where(everything_S, 0.0, tail_S)
+    return min(1.0, step / options.td_warmup_steps) if options.td_warmup_steps > 0 else 1.0
 
 
-def validate_options(
-    options: BellmanOptions, *, has_logprobs: bool | None = None, has_shift_constant: bool | None = None
+def _weights(trajectories: Trajectories, options: BellmanOptions, *, dtype: torch.dtype) -> Tensor:
+    if options.objective == "released":
+        return released_weights(trajectories).to(dtype)
+    return reduction_weights(trajectories, options.reduction)
+
+
+def _eq17_terms(
+    values: ActionValues,
+    steps: Transitions,
+    sets: CandidateSets,
+    trajectories: Trajectories,
+    options: BellmanOptions,
+) -> tuple[Tensor, Tensor]:
+    """Linear term and penalty of each state, nats."""
+    if options.linear_term == "sampled":
+        linear_S = negative_log_policy_taken(steps)
+    else:
+        expected_S = negative_log_policy_expected(values.q_M, steps.value_S, sets)
+        linear_S = torch.where(trajectories.has_action_S, expected_S, 0.0)
+    return linear_S, reward_penalty(steps.reward_S, name=options.regulariser, alpha=options.alpha)
+
+
+@torch.no_grad()
+def _target_values(
+    target_head: StudentHead | None,
+    sets: CandidateSets,
+    taken_S: Tensor,
+    options: BellmanOptions,
+    *,
+    shift_constant: float | None,
+) -> ActionValues | None:
+    if target_head is None or options.next_value_gradient != "target":
+        return None
+    head = target_head.tempered(options.tau)
+    return action_values(head, head.at_candidates(sets), sets, taken_S, options, shift_constant=shift_constant)
+
+
+def _tail(
+    head: StudentHead,
+    z_M: Tensor,
+    sets: CandidateSets,
+    options: BellmanOptions,
+    weight_S: Tensor,
+    generator: Generator | None,
+) -> WeightedTerm:
+    """The tail term, summed with its weights (see StudentHead.tail); 0 where the options or the sets have none."""
+    if options.tail_coef == 0 or sets.is_whole:
+        return WeightedTerm(z_M.new_zeros(()), torch.zeros_like(weight_S))
+    return head.tail(
+        sets,
+        segment_logsumexp(z_M, sets.state_M, sets.num_states),
+        weight_S,
+        estimator=options.tail_estimator,
+        num_samples=options.tail_samples,
+        tolerance=options.tail_tolerance,
+        generator=generator,
+    )
+
+
+def _check_inputs(
+    head: StudentHead, sets: CandidateSets, trajectories: Trajectories, options: BellmanOptions, denominator: float
 ) -> None:
-    """Refuse options that contradict each other, or what the run has.
-
-    Args:
-        options: the objective's options.
-        has_logprobs: whether the candidates' log-probabilities are (or will be) recorded; None: not known here.
-        has_shift_constant: whether the run's constant shift is there; None: not known here.
-
-    Raises:
-        ConfigError: the message names the options to change.
-    """
-    if options.q_shift == "none" and options.terminal == "zero" and options.regulariser != "none":
-        raise ConfigError(
-            "--algo.distill.q_shift none with --algo.distill.terminal zero teaches the student never to stop: the "
-            "regulariser pulls the stop token's unshifted logit to 0, whatever the level of the others; use "
-            "--algo.distill.terminal drop_chi, or a shift (constant)"
-        )
-    if options.out_of_set == "clip" and options.q_min is None:
-        raise ConfigError(
-            "--algo.distill.out_of_set clip puts Q_min in place of Q, and --algo.distill.q_min is none; set q_min "
-            "(the paper uses -10) or use --algo.distill.out_of_set drop"
-        )
-    if options.linear_term == "expected" and has_logprobs is False:
-        raise ConfigError(
-            "--algo.distill.linear_term expected needs the candidates' log-probabilities, and they are not recorded; "
-            "use --teacher.record_logprobs true, or --algo.distill.linear_term sampled"
-        )
-    if options.q_shift == "constant" and has_shift_constant is False:
-        raise ConfigError(
-            "--algo.distill.q_shift constant needs the run's constant, the mean log-sum-exp of the starting student's "
-            "logits, and none was given; use another --algo.distill.q_shift"
-        )
-
-
-def _check_shapes(head: StudentHead, sets: CandidateSets, trajectories: Trajectories, denominator: float) -> None:
     counts = {"logits": head.num_states, "candidate sets": sets.num_states, "trajectories": trajectories.num_states}
     if len(set(counts.values())) > 1:
         raise ValueError(f"numbers of states differ: {counts}; all three describe the states of one micro-batch")
     if denominator <= 0:
         raise ValueError(f"the count of the global batch is {denominator}; it must be positive")
+    if sets.is_whole and options.top_p < 1:
+        raise ConfigError(
+            f"the candidate sets are the whole vocabulary (p = 1), and --algo.distill.top_p is {options.top_p}; use "
+            "--algo.distill.top_p 1, or sets of that p"
+        )

@@ -25,17 +25,32 @@ SORT_ELEMENTS = 1 << 24  # largest [rows, V] block that is sorted at once
 class CandidateSets:
     """Candidate sets of S states, flattened (CSR). Candidates are in descending order of teacher probability.
 
+    At p = 1 every set is the whole vocabulary: a flag says so, and there are no ids (see `whole`).
+
     Attributes:
         ids_M: candidate token ids, int64.
         offsets_S1: state s owns ids_M[offsets_S1[s]:offsets_S1[s + 1]], int64.
         neg_log_mass_S: -log of the teacher's mass on each set, nats, >= 0.
         logprobs_M: the teacher's log-probability of each candidate, nats, or None if not recorded.
+        is_whole: every set is the whole vocabulary; ids_M is empty and every mass is 1.
     """
 
     ids_M: Tensor
     offsets_S1: Tensor
     neg_log_mass_S: Tensor
     logprobs_M: Tensor | None
+    is_whole: bool = False
+
+    @staticmethod
+    def whole(num_states: int, device: torch.device | str = "cpu") -> CandidateSets:
+        """The sets of p = 1, no mask: of each state the whole vocabulary."""
+        return CandidateSets(
+            ids_M=torch.empty(0, dtype=torch.int64, device=device),
+            offsets_S1=torch.zeros(num_states + 1, dtype=torch.int64, device=device),
+            neg_log_mass_S=torch.zeros(num_states, device=device),
+            logprobs_M=None,
+            is_whole=True,
+        )
 
     @property
     def num_states(self) -> int:
@@ -60,7 +75,7 @@ class CandidateSets:
         """The same sets with tensors on `device`."""
         logprobs_M = None if self.logprobs_M is None else self.logprobs_M.to(device)
         return CandidateSets(
-            self.ids_M.to(device), self.offsets_S1.to(device), self.neg_log_mass_S.to(device), logprobs_M
+            self.ids_M.to(device), self.offsets_S1.to(device), self.neg_log_mass_S.to(device), logprobs_M, self.is_whole
         )
 
     @staticmethod
@@ -68,16 +83,22 @@ class CandidateSets:
         """Concatenate the sets of rows in the order given.
 
         Args:
-            recorded: sets of each row of a micro-batch; log-probabilities in all of them or in none.
+            recorded: sets of each row of a micro-batch; log-probabilities in all of them or in none, the whole
+                vocabulary in all of them or in none.
 
         Returns:
             CPU tensors; S is the sum of the rows' states.
 
         Raises:
-            ValueError: no row, or only some rows have log-probabilities.
+            ValueError: no row, or only some rows have log-probabilities or are whole.
         """
         if not recorded:
             raise ValueError("no row: a micro-batch needs at least one")
+        num_whole = sum(row.is_whole for row in recorded)
+        if num_whole:
+            if num_whole != len(recorded):
+                raise ValueError(f"{num_whole} of {len(recorded)} rows have sets of p = 1; all or none must")
+            return CandidateSets.whole(sum(row.num_states for row in recorded))
         logprobs = [row.logprobs_M for row in recorded if row.logprobs_M is not None]
         if logprobs and len(logprobs) != len(recorded):
             raise ValueError(
@@ -102,11 +123,11 @@ def top_p_candidates(logits_SV: Tensor, *, top_p: float, always_include: Sequenc
 
     Masses are float64. The partition function is first taken in float32, and in float64 for the rows where that
     could change a set. Only rows whose set does not end within the first 128 tokens are searched further, and only
-    rows beyond 2,048 are sorted (all rows are where top_p = 1).
+    rows beyond 2,048 are sorted.
 
     Args:
         logits_SV: teacher's logits, [S, V], any float type, finite or -inf.
-        top_p: p in (0, 1]; 1 gives all V tokens.
+        top_p: p in (0, 1]; 1 means no mask and gives CandidateSets.whole, which lists no ids.
         always_include: ids that belong to every set; where outside the top-p set they follow it, by descending
             probability.
 
@@ -125,6 +146,8 @@ def top_p_candidates(logits_SV: Tensor, *, top_p: float, always_include: Sequenc
     if not bool(torch.isfinite(total_S).all()):
         row = int(torch.nonzero(~torch.isfinite(total_S))[0])
         raise ValueError(f"row {row} of the logits has NaN, +inf or no finite value; every row needs finite logits")
+    if top_p == 1:
+        return CandidateSets.whole(num_states, logits_SV.device)
 
     parts = list(_top_p_tiers(z_SV, max_S.double(), total_S, top_p))
     size_S = torch.zeros(num_states, dtype=torch.int64, device=z_SV.device)
@@ -146,8 +169,6 @@ def top_p_candidates(logits_SV: Tensor, *, top_p: float, always_include: Sequenc
     logits_M = z_SV[sets.state_M, ids_M].double() - max_S.double()[sets.state_M]
     mass_S = segment_sum(torch.exp(logits_M), sets.state_M, num_states)
     neg_log_mass_S = (torch.log(total_S) - torch.log(mass_S)).clamp(min=0.0)
-    if top_p >= 1:
-        neg_log_mass_S.zero_()
     logprobs_M = logits_M - torch.log(total_S)[sets.state_M]
     return CandidateSets(ids_M, offsets_S1, neg_log_mass_S.float(), logprobs_M.float())
 
@@ -161,19 +182,24 @@ def restrict_top_p(sets: CandidateSets, *, top_p: float, always_include: Sequenc
 
     Args:
         sets: recorded sets, in descending order, with log-probabilities.
-        top_p: new p in (0, 1]; 1 keeps every candidate.
+        top_p: new p in (0, 1]; 1 keeps every candidate, and sets that are the whole vocabulary as they are.
         always_include: ids that stay in every set; each must be in every recorded set.
 
     Returns:
         Smaller sets in the same order; masses are recomputed from the log-probabilities.
 
     Raises:
-        ValueError: no log-probabilities, top_p out of range, or an id that some set lacks.
+        ValueError: no log-probabilities, top_p out of range, an id that some set lacks, or sets that are the whole
+            vocabulary and list no ids to choose from.
     """
-    if sets.logprobs_M is None:
-        raise ValueError("these sets were recorded without log-probabilities, so they cannot be cut to a smaller top_p")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
+    if sets.is_whole:
+        if top_p == 1:
+            return sets
+        raise ValueError(f"sets of p = 1 list no ids, so they cannot be cut to top_p {top_p}; record them at that p")
+    if sets.logprobs_M is None:
+        raise ValueError("these sets were recorded without log-probabilities, so they cannot be cut to a smaller top_p")
     mass_M = torch.exp(sets.logprobs_M.double())
     before_M = segment_cumsum_before(mass_M, sets.offsets_S1, sets.state_M)
     keep_M = (before_M < top_p) if top_p < 1 else torch.ones_like(before_M, dtype=torch.bool)
@@ -211,7 +237,7 @@ def _top_p_tiers(z_SV: Tensor, max_S: Tensor, total_S: Tensor, top_p: float) -> 
     """Yield (rows_R, ids_RK, size_R): the set of row rows_R[i] is ids_RK[i, :size_R[i]]. Refines total_S in place."""
     vocab_size = z_SV.shape[1]
     rows_R = torch.arange(len(z_SV), device=z_SV.device)
-    for num_tokens in () if top_p >= 1 else (k for k in TIERS if k < vocab_size):
+    for num_tokens in (k for k in TIERS if k < vocab_size):
         if not len(rows_R):
             return
         z_RV = z_SV if len(rows_R) == len(z_SV) else z_SV[rows_R]
@@ -238,8 +264,6 @@ def _largest(z_RV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 def _set_sizes(z_RK: Tensor, z_SV: Tensor, max_S: Tensor, total_S: Tensor, rows_R: Tensor, top_p: float) -> Tensor:
     """Number of tokens with mass < p before them, K + 1 where the K tokens hold less than p."""
     mass_RK = torch.exp(z_RK.double() - max_S[rows_R, None]).cumsum(dim=1)
-    if top_p >= 1:
-        return torch.full_like(rows_R, z_RK.shape[1])
     threshold_R1 = top_p * total_S[rows_R, None]
     unsure_R = ((mass_RK - threshold_R1).abs() < AMBIGUOUS * threshold_R1).any(dim=1)
     if z_SV.dtype != torch.float64 and bool(unsure_R.any()):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from openrlhf_bd.functional.head import DenseHead, StudentHead
@@ -38,16 +37,11 @@ def token_cross_entropy(
         )
     if denominator <= 0:
         raise ValueError(f"the count of the global batch is {denominator}; it must be positive")
-    logsumexp_S = head.logsumexp()
-    counted_S = mask_S > 0
-    nll_S = torch.where(counted_S, logsumexp_S - head.at(torch.where(counted_S, target_S, -1)), 0.0)
-    loss_S = nll_S
-    if z_loss_coef > 0:
-        loss_S = nll_S + z_loss_coef * torch.where(counted_S, logsumexp_S, 0.0).square()
-    loss = (mask_S.to(loss_S.dtype) * loss_S).sum() / denominator
+    term = head.cross_entropy(target_S, mask_S, z_loss_coef=z_loss_coef)
+    counted_S, logsumexp_S, nll_S = mask_S > 0, term.logsumexp_S, term.nll_S
     statistics = head.statistics()
-    return loss, {
-        "gpt_loss": weighted(loss_S, mask_S),
+    return term.sum / denominator, {
+        "gpt_loss": weighted(nll_S + z_loss_coef * logsumexp_S.square(), mask_S),
         "nll": weighted(nll_S, counted_S),
         "accuracy": weighted(statistics.argmax_S == target_S, counted_S),
         "entropy": weighted(statistics.entropy_S, counted_S),

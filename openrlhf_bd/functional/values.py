@@ -1,22 +1,44 @@
-"""Q, soft values, projected policies and implied rewards over candidate sets."""
+"""Q, soft values, projected policies and implied rewards over candidate sets, or over the whole vocabulary (p = 1)."""
 
 # S states, M candidates of all states
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from openrlhf_bd.config import BellmanOptions
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.candidates import CandidateSets
 from openrlhf_bd.functional.head import StudentHead
 from openrlhf_bd.functional.segments import segment_argmax, segment_logsumexp, segment_max, segment_sum
 from openrlhf_bd.functional.trajectories import Trajectories
 
+if TYPE_CHECKING:
+    from openrlhf_bd.config import BellmanOptions
+
 NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class ActionValues:
+    """Q of a state's actions, and its soft value. Gradient flows.
+
+    Attributes:
+        q_M: Q of every candidate, nats; no entry where the sets are the whole vocabulary.
+        clipped_M: True where Q_min holds a candidate (no gradient there).
+        value_S: soft value V of each state, nats.
+        q_taken_S: Q of the taken token, nats; 0 where it is not a candidate.
+        in_set_S: True where the taken token is a candidate.
+    """
+
+    q_M: Tensor
+    clipped_M: Tensor
+    value_S: Tensor
+    q_taken_S: Tensor
+    in_set_S: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,39 +96,56 @@ def projected_log_policy(q_M: Tensor, value_S: Tensor, state_M: Tensor) -> Tenso
     return _difference(q_M, value_S[state_M])
 
 
-def q_values(
-    z_M: Tensor,
+def action_values(
     head: StudentHead,
+    z_M: Tensor,
     sets: CandidateSets,
+    taken_S: Tensor,
     options: BellmanOptions,
     *,
     shift_constant: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Q of every candidate from the student's logits.
+) -> ActionValues:
+    """Q, soft values and the taken tokens' Q, over the candidate sets.
 
-    Q(s, a) = max(z(s, a) - b(s), Q_min)
+    Q(s, a) = max(z(s, a) - b(s), Q_min),    V(s) = log sum_{a in A_p(s)} exp Q(s, a)
 
     b, by options.q_shift: none 0; constant `shift_constant`; max and max_detached: max over the vocabulary;
-    topp_max: max over the candidates; logsumexp: over the vocabulary.
+    topp_max: max over the candidates; logsumexp: over the vocabulary. Where the sets are the whole vocabulary (p = 1),
+    V is a sum over all of it, which the head takes in chunks.
 
     Args:
-        z_M: logits / tau at the candidates. Gradient flows, also through b, except for none, constant, max_detached.
-        head: the student's logits / tau.
+        head: the student's logits / tau. Gradient flows, also through b, except for none, constant, max_detached.
+        z_M: the same at the candidates (`head.at_candidates(sets)`).
         sets: candidate sets.
+        taken_S: token taken in each state, -1 for none.
         options: q_shift and q_min.
         shift_constant: nats; the run's constant.
-
-    Returns:
-        (q_M, clipped_M): Q, nats, and where the clip holds it (no gradient there).
 
     Raises:
         ConfigError: q_shift is constant and shift_constant is None.
     """
     shift_S = _shift(z_M, head, sets, options, shift_constant)
-    q_M = z_M if shift_S is None else z_M - shift_S[sets.state_M]
-    if options.q_min is None:
-        return q_M, torch.zeros_like(q_M, dtype=torch.bool)
-    return q_M.clamp(min=options.q_min), q_M.detach() < options.q_min
+    if sets.is_whole:
+        q_taken_S, _ = _clipped(_shifted(head.at(taken_S), shift_S), options.q_min)
+        in_set_S = taken_S >= 0
+        nothing_M = z_M.new_zeros(0)
+        return ActionValues(
+            nothing_M,
+            nothing_M.bool(),
+            head.soft_value(shift_S, options.q_min),
+            torch.where(in_set_S, q_taken_S, 0.0),
+            in_set_S,
+        )
+    q_M, clipped_M = _clipped(_shifted(z_M, None if shift_S is None else shift_S[sets.state_M]), options.q_min)
+    position_S = taken_candidate(sets, taken_S)
+    in_set_S = position_S >= 0
+    return ActionValues(
+        q_M,
+        clipped_M,
+        soft_value(q_M, sets.state_M, sets.num_states),
+        torch.where(in_set_S, q_M[position_S.clamp(min=0)], 0.0),
+        in_set_S,
+    )
 
 
 def projected_teacher(sets: CandidateSets, *, dtype: torch.dtype) -> Tensor:
@@ -149,7 +188,13 @@ def taken_candidate(sets: CandidateSets, taken_S: Tensor) -> Tensor:
     return segment_max(position_M, sets.state_M, sets.num_states, initial=-1)
 
 
-def transitions(q_M: Tensor, sets: CandidateSets, trajectories: Trajectories, options: BellmanOptions) -> Transitions:
+def transitions(
+    values: ActionValues,
+    trajectories: Trajectories,
+    options: BellmanOptions,
+    *,
+    target_values: ActionValues | None = None,
+) -> Transitions:
     """Values, next values and implied rewards of every state.
 
     r_t = Q_t(a_t) - gamma V'_t,    V'_t = V_{t+1}
@@ -157,37 +202,40 @@ def transitions(q_M: Tensor, sets: CandidateSets, trajectories: Trajectories, op
     After a stop token, by options.terminal: zero V' = 0; drop_chi no next value; absorbing: the stop action repeats
     for ever in a state where it is the only one, so V' = Q_t(a_t) and r = (1 - gamma) Q_t(a_t).
     Where the response was cut, by options.truncated: bootstrap V_{t+1} where that state was recorded, or drop it.
+    With options.next_value_gradient target, V' is the target network's, and so is Q_t(a_t) in it.
 
     Args:
-        q_M: Q of every candidate, nats. Gradient flows, through V' only if options.next_value_gradient is full.
-        sets: candidate sets.
+        values: the student's Q and V. Gradient flows, through V' only if options.next_value_gradient is full.
         trajectories: what follows what.
         options: gamma, out_of_set, q_min, terminal, truncated, next_value_gradient.
+        target_values: the target network's Q and V at the same states, for next_value_gradient target.
 
-    Returns:
-        Transitions.
+    Raises:
+        ConfigError: next_value_gradient is target and there are no target_values.
     """
-    value_S = soft_value(q_M, sets.state_M, sets.num_states)
-    position_S = taken_candidate(sets, trajectories.taken_S)
-    in_set_S = position_S >= 0
-    q_taken_S = torch.where(in_set_S, q_M[position_S.clamp(min=0)], _out_of_set_q(options))
+    in_set_S = values.in_set_S
+    q_taken_S = _taken_q(values, options)
     used_S = in_set_S if options.out_of_set == "drop" else trajectories.has_action_S
+    after = _next_values(values, options, target_values)
 
     next_S, terminal_S = trajectories.next_S, trajectories.terminal_S
     has_next_S = trajectories.has_action_S & (next_S >= 0)
     if options.truncated == "drop":
         has_next_S &= trajectories.has_action_S[next_S.clamp(min=0)]
-    next_value_S = torch.where(has_next_S, value_S[next_S.clamp(min=0)], 0.0)
+    next_value_S = torch.where(has_next_S, after.value_S[next_S.clamp(min=0)], 0.0)
     if options.terminal == "absorbing":
-        next_value_S = torch.where(terminal_S, q_taken_S, next_value_S)
+        next_value_S = torch.where(terminal_S, _taken_q(after, options), next_value_S)
     if options.terminal != "drop_chi":
         has_next_S = has_next_S | terminal_S
-    if options.next_value_gradient == "stop":
+    if options.next_value_gradient != "full":
         next_value_S = next_value_S.detach()
-    # gamma = 0 times a value of -inf would be NaN.
-    discounted_S = options.gamma * next_value_S if options.gamma > 0 else torch.zeros_like(next_value_S)
-    reward_S = torch.where(used_S & has_next_S, q_taken_S - discounted_S, 0.0)
-    return Transitions(value_S, q_taken_S, in_set_S, used_S, has_next_S, next_value_S, reward_S)
+    reward_S = torch.where(used_S & has_next_S, q_taken_S - discounted(next_value_S, options.gamma), 0.0)
+    return Transitions(values.value_S, q_taken_S, in_set_S, used_S, has_next_S, next_value_S, reward_S)
+
+
+def discounted(next_value_S: Tensor, gamma: float) -> Tensor:
+    """gamma V', [S]; 0 where gamma is 0, whatever the value: 0 times -inf would be NaN."""
+    return gamma * next_value_S if gamma > 0 else torch.zeros_like(next_value_S)
 
 
 def negative_log_policy_taken(steps: Transitions) -> Tensor:
@@ -216,12 +264,38 @@ def _difference(x: Tensor, level: Tensor) -> Tensor:
     return torch.where(x == NEG_INF, NEG_INF, x - level)
 
 
+def _taken_q(values: ActionValues, options: BellmanOptions) -> Tensor:
+    return torch.where(values.in_set_S, values.q_taken_S, _out_of_set_q(options))
+
+
+def _next_values(values: ActionValues, options: BellmanOptions, target_values: ActionValues | None) -> ActionValues:
+    if options.next_value_gradient != "target":
+        return values
+    if target_values is None:
+        raise ConfigError(
+            "--algo.distill.next_value_gradient target needs the target network's logits at the same states, and none "
+            "were given; pass target_head, or use --algo.distill.next_value_gradient stop"
+        )
+    return target_values
+
+
 def _out_of_set_q(options: BellmanOptions) -> float:
     if options.out_of_set == "clip":
         if options.q_min is None:
             raise ConfigError("--algo.distill.out_of_set clip needs a value to clip at: set --algo.distill.q_min")
         return options.q_min
     return 0.0
+
+
+def _shifted(z: Tensor, shift: Tensor | None) -> Tensor:
+    return z if shift is None else z - shift
+
+
+def _clipped(q: Tensor, q_min: float | None) -> tuple[Tensor, Tensor]:
+    """Q from below at Q_min, and where that holds it."""
+    if q_min is None:
+        return q, torch.zeros_like(q, dtype=torch.bool)
+    return q.clamp(min=q_min), q.detach() < q_min
 
 
 def _shift(
@@ -236,7 +310,7 @@ def _shift(
                 "student's logits; none was given"
             )
         return z_M.new_full((sets.num_states,), shift_constant)
-    if options.q_shift == "max":
+    if options.q_shift == "max" or (options.q_shift == "topp_max" and sets.is_whole):
         shift_S = head.maximum()
     elif options.q_shift == "max_detached":
         shift_S = head.maximum().detach()

@@ -6,7 +6,7 @@ on the row ids alone; `summary` says what is in a store. See `shards` for the co
 
 from openrlhf_bd.store.manifest import StoreManifest
 from openrlhf_bd.store.reader import StoreReader
-from openrlhf_bd.store.statistics import StoreSummary, summary
+from openrlhf_bd.store.statistics import StoreSummary, one_token_share, summary
 from openrlhf_bd.store.writer import StoreWriter
 
-__all__ = ["StoreManifest", "StoreReader", "StoreSummary", "StoreWriter", "summary"]
+__all__ = ["StoreManifest", "StoreReader", "StoreSummary", "StoreWriter", "one_token_share", "summary"]

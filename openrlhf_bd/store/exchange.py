@@ -146,8 +146,8 @@ def _rollout(record: Mapping[str, Any], manifest: StoreManifest) -> Rollout:
     prompt_ids, response_ids = _ids(record["prompt_ids"]), _ids(record["response_ids"])
     if _hexadecimal_hash(prompt_ids, response_ids) != record["token_hash"]:
         raise DataError(
-            f"row {str(record['row_id'])!r}: its token ids do not give its hash, so its sets may belong to other tokens; "
-            "get the data set again"
+            f"row {str(record['row_id'])!r}: its token ids do not give its hash, so its sets may belong to other "
+            "tokens; get the data set again"
         )
     logprobs = record["response_logprobs"]
     return Rollout(

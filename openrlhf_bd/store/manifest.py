@@ -43,7 +43,8 @@ class StoreManifest(_Frozen):
     Attributes:
         kind: "teacher" (responses of the teacher) or "gold" (the data set's own).
         fingerprints: name -> fingerprint of what the rows depend on: "tokenizer", "prompts", "teacher", ...
-        top_p: mass p of the candidate sets (Def. 1), or None if the rows have none.
+        top_p: mass p of the candidate sets (Def. 1), or None if the rows have none. At 1 each set is the whole
+            vocabulary, and no ids are stored.
         always_include: token ids that belong to every candidate set.
         has_logprobs: the candidates' log-probabilities are recorded too.
         sampling: parameters by which the responses were sampled.
@@ -70,11 +71,18 @@ class StoreManifest(_Frozen):
             raise ValueError(f"gold rows have no candidate sets, so top_p must be None; found {self.top_p}")
         if not self.has_sets and (self.has_logprobs or self.always_include):
             raise ValueError("has_logprobs and always_include describe candidate sets; expected top_p beside them")
+        if self.has_whole_sets and (self.has_logprobs or self.always_include):
+            raise ValueError("sets of top_p 1 list no ids; expected neither has_logprobs nor always_include beside it")
         return self
 
     @property
     def has_sets(self) -> bool:
         return self.top_p is not None
+
+    @property
+    def has_whole_sets(self) -> bool:
+        """Whether each set is the whole vocabulary (p = 1)."""
+        return self.top_p == 1
 
     @property
     def num_rows(self) -> int:

@@ -160,6 +160,7 @@ class RowGroup:
         self._row_ids: list[str] = table.column("row_id").to_pylist()
         self._finish_reasons: list[Any] = table.column("finish_reason").to_pylist()
         self._token_hashes: NDArray[np.uint64] = table.column("token_hash").to_numpy()
+        self._num_states: NDArray[np.int32] = table.column("num_states").to_numpy()
         self._lists = {
             field.name: _FlatLists(table.column(field.name)) for field in table.schema if pa.types.is_list(field.type)
         }
@@ -185,7 +186,7 @@ class RowGroup:
             response_ids=response_ids,
             finish_reason=reason,
             logprobs_T=self._optional("response_logprobs", row),
-            sets=self._sets(row, num_tokens=len(response_ids)) if "set_ids" in self._lists else None,
+            sets=self._sets(row, num_tokens=len(response_ids)) if self._num_states[row] else None,
         )
 
     def _optional(self, name: str, row: int) -> NDArray[Any] | None:
@@ -193,17 +194,22 @@ class RowGroup:
         return None if lists is None or lists.is_null(row) else lists.row(row)
 
     def _sets(self, row: int, *, num_tokens: int) -> RecordedSets:
+        # Stores of p = 1 have states and no ids: each set is the whole vocabulary.
+        has_ids = "set_ids" in self._lists
+        sets = self._listed_sets(row) if has_ids else RecordedSets.whole(int(self._num_states[row]))
+        fault = fault_of_sets(sets, num_tokens, has_logprobs=sets.logprobs_M is not None)
+        if fault:
+            raise StoreError(f"{self._path}: row {self._row_ids[row]!r}: found {fault}; {REMEDY}")
+        return sets
+
+    def _listed_sets(self, row: int) -> RecordedSets:
         sizes_S, logprobs_M = self._lists["set_sizes"].row(row), self._optional("set_logprobs", row)
-        sets = RecordedSets(
+        return RecordedSets(
             ids_M=self._lists["set_ids"].row(row),
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes_S, dtype=np.int64)]),
             neg_log_mass_S=self._lists["neg_log_mass"].row(row).astype(np.float32),
             logprobs_M=None if logprobs_M is None else logprobs_M.astype(np.float32),
         )
-        fault = fault_of_sets(sets, num_tokens, has_logprobs=logprobs_M is not None)
-        if fault:
-            raise StoreError(f"{self._path}: row {self._row_ids[row]!r}: found {fault}; {REMEDY}")
-        return sets
 
 
 class _FlatLists:

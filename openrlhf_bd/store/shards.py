@@ -9,7 +9,7 @@
     prompt_ids         list<int32>
     response_ids       list<int32>
     response_logprobs  list<float32> | null   nats; teacher stores only
-    set_sizes          list<int32>            S entries; the rest only in stores with candidate sets
+    set_sizes          list<int32>            S entries; the rest only in stores with candidate sets of p < 1
     set_ids            list<int32>            the sets one after another, each by descending probability
     neg_log_mass       list<float16>          S entries, nats
     set_logprobs       list<float16>          as set_ids, nats; only where the manifest says has_logprobs
@@ -72,7 +72,7 @@ def arrow_schema(manifest: StoreManifest, store_id: str) -> pa.Schema:
     ]
     if manifest.kind == "teacher":
         fields.append(pa.field("response_logprobs", _list_of(pa.float32()), nullable=True))
-    if manifest.has_sets:
+    if manifest.has_sets and not manifest.has_whole_sets:
         fields += [pa.field(name, int_list, nullable=False) for name in ("set_sizes", "set_ids")]
         fields.append(pa.field("neg_log_mass", half_list, nullable=False))
     if manifest.has_logprobs:
@@ -96,6 +96,8 @@ def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
         found = f"{len(logprobs_T)} log-probabilities, expected {num_tokens} numbers"
     elif (sets is not None) != manifest.has_sets:
         found = f"{'no ' if sets is None else ''}candidate sets, though the store's top_p is {manifest.top_p}"
+    elif sets is not None and sets.is_whole != manifest.has_whole_sets:
+        found = f"sets {'without' if sets.is_whole else 'with'} ids, though the store's top_p is {manifest.top_p}"
     elif sets is not None:
         found = fault_of_sets(sets, num_tokens, has_logprobs=manifest.has_logprobs)
     if found:
@@ -109,6 +111,8 @@ def fault_of_sets(sets: RecordedSets, num_tokens: int, *, has_logprobs: bool) ->
         return f"{num_states} candidate sets, expected {num_tokens} or {num_tokens + 1}"
     if sets.offsets[0] != 0 or sets.offsets[-1] != num_candidates or (sets.sizes_S < 0).any():
         return f"offsets of the sets that do not ascend from 0 to {num_candidates}, the number of candidates"
+    if (sets.sizes_S == 0).any() and not sets.is_whole:
+        return f"no ids in {int((sets.sizes_S == 0).sum())} of the sets, expected at least one in each"
     if len(sets.neg_log_mass_S) != num_states or np.isnan(sets.neg_log_mass_S).any():
         return f"{len(sets.neg_log_mass_S)} masses, expected {num_states} numbers"
     if (sets.logprobs_M is not None) != has_logprobs:

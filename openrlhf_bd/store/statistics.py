@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,9 @@ class StoreSummary:
         mean_response_length: tokens.
         response_length_quantiles: quantile -> tokens, for QUANTILES.
         finish_reasons: reason -> rows.
-        sets: candidate sets, or None where the store has none.
+        num_states: states with a candidate set.
+        sets: sizes and masses of the candidate sets; None where the store has none, or where each is the whole
+            vocabulary (p = 1).
     """
 
     manifest: StoreManifest
@@ -74,6 +77,7 @@ class StoreSummary:
     mean_response_length: float
     response_length_quantiles: dict[float, int]
     finish_reasons: dict[str, int]
+    num_states: int
     sets: SetSummary | None
 
 
@@ -84,15 +88,16 @@ def summary(reader: StoreReader) -> StoreSummary:
         StoreError: a row is damaged.
     """
     finish_reasons: Counter[str] = Counter()
-    sets = _SetCounts()
+    sets, manifest = _SetCounts(), reader.manifest
+    has_listed_sets = manifest.has_sets and not manifest.has_whole_sets
     for rollouts in reader.scan():
         for rollout in rollouts:
             finish_reasons[rollout.finish_reason] += 1
-            if rollout.sets is not None:
+            if rollout.sets is not None and has_listed_sets:
                 sets.add(rollout, rollout.sets)
     num_response_tokens = int(reader.response_lengths.sum(dtype=np.int64))
     return StoreSummary(
-        manifest=reader.manifest,
+        manifest=manifest,
         complete=reader.complete,
         num_rows=len(reader),
         num_prompt_tokens=int(reader.prompt_lengths.sum(dtype=np.int64)),
@@ -102,8 +107,41 @@ def summary(reader: StoreReader) -> StoreSummary:
         mean_response_length=_ratio(num_response_tokens, len(reader)),
         response_length_quantiles=_quantiles(np.bincount(reader.response_lengths)),
         finish_reasons=dict(sorted(finish_reasons.items())),
-        sets=sets.summary(has_logprobs=reader.manifest.has_logprobs) if reader.manifest.has_sets else None,
+        num_states=int(reader.num_states.sum(dtype=np.int64)),
+        sets=sets.summary(has_logprobs=manifest.has_logprobs) if has_listed_sets else None,
     )
+
+
+def one_token_share(reader: StoreReader, *, top_p: float, always_include: Collection[int] = ()) -> float | None:
+    """Share of the states whose candidate set is a single token, once the sets are cut to these options.
+
+    There the projected policy is 1 whatever the student thinks, and the likelihood part of the objective is silent.
+
+    Args:
+        reader: of the store.
+        top_p: p of the run, at most that of the store. A set becomes a single token where the first one has mass >= p.
+        always_include: ids that belong to every set of the run.
+
+    Returns:
+        None where no ids are stored, or no rows.
+
+    Raises:
+        StoreError: a row is damaged.
+    """
+    if not reader.manifest.has_sets or reader.manifest.has_whole_sets:
+        return None
+    num_states = num_single = 0
+    for rollouts in reader.scan():
+        for sets in (rollout.sets for rollout in rollouts if rollout.sets is not None):
+            first_S = sets.offsets[:-1]
+            single_S = sets.sizes_S == 1
+            if sets.logprobs_M is not None:
+                single_S |= np.exp(sets.logprobs_M[first_S]) >= top_p
+            for token_id in always_include:
+                single_S &= sets.ids_M[first_S] == token_id
+            num_states += len(first_S)
+            num_single += int(single_S.sum())
+    return num_single / num_states if num_states else None
 
 
 class _SetCounts:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
-from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.student.average import EMA, TARGET, average_file, make_averages, save_averages
 from openrlhf_bd.student.checkpoints import newest_tag
 from openrlhf_bd.student.data import StudentData
 from openrlhf_bd.student.export import save_hf
-from openrlhf_bd.student.model import context_length, load_student, vocabulary_size
-from openrlhf_bd.student.step import StudentStep, TrainedModel
-from openrlhf_bd.student.strategy import BellmanStrategy, checkpoint_folder
+from openrlhf_bd.student.flops import count_model, peak_tflops
+from openrlhf_bd.student.live_teacher import LiveTeacher, load_live_teacher
+from openrlhf_bd.student.loading import load_student
+from openrlhf_bd.student.model import context_length, vocabulary_size
+from openrlhf_bd.student.step import StudentStep, TrainedModel, Utilisation
+from openrlhf_bd.student.strategy import PARAM_DTYPES, BellmanStrategy, checkpoint_folder
 from openrlhf_bd.upstream import BaseModelActor
 
 SHIFT_BATCHES = 4
@@ -81,7 +86,27 @@ class StudentRankImpl(BaseModelActor):
             vocab_size=vocabulary_size(student),
         )
         self._student = TrainedModel(*strategy.prepare((student, self._training_options(max_steps))))
-        self._step = StudentStep(self._student, strategy, config.algo.distill)
+        self._averages = make_averages(self._student.engine, config, self._needs)
+        self._step = StudentStep(
+            self._student,
+            strategy,
+            config,
+            utilisation=self._utilisation(),
+            teacher=self._live_teacher(),
+            target=self._averages.get(TARGET),
+        )
+
+    def _utilisation(self) -> Utilisation:
+        dtype, given = PARAM_DTYPES[self._config.ds.param_dtype], self._config.logger.peak_tflops
+        peak = peak_tflops(self.strategy.device, dtype, given=given)
+        counts = count_model(self._student.engine.module.model)
+        return Utilisation(counts, float(self.strategy.all_reduce(peak, "sum")))
+
+    def _live_teacher(self) -> LiveTeacher | None:
+        if self._config.algo.distill.kd_ratio == 0:
+            return None
+        vocab_size = vocabulary_size(self._student.engine.module)
+        return load_live_teacher(self._config, vocab_size=vocab_size, device=self.strategy.device)
 
     def _training_options(self, max_steps: int) -> dict[str, Any]:
         """Optimizer and schedule as upstream's `prepare` takes them."""
@@ -89,6 +114,7 @@ class StudentRankImpl(BaseModelActor):
         return {
             "optim": actor.optim,
             "adam": actor.adam.model_dump(),
+            "muon": actor.muon.model_dump(),
             "lr_scheduler": actor.lr_scheduler,
             "lr_warmup_ratio": actor.lr_warmup_ratio,
             "min_lr_ratio": actor.min_lr_ratio,
@@ -130,8 +156,14 @@ class StudentRankImpl(BaseModelActor):
         started = time.monotonic()
         batch = self._data.step(step)
         data_s = time.monotonic() - started
+        if self._config.ds.lora.dropout > 0:
+            # What dropout leaves out depends on the step and the rank alone, so a resumed run repeats it.
+            torch.manual_seed((self._config.train.seed * 2**16 + step) * 2**10 + self.strategy.get_rank())
         algorithm = self._algorithm_class(self._config.algo.distill, self._stop_ids, self._shift_constant)
-        return self._step.run(step, batch, algorithm, data_s=data_s)
+        metrics = self._step.run(step, batch, algorithm, data_s=data_s)
+        for average in self._averages.values():
+            average.update()
+        return metrics
 
     def save_checkpoint(
         self,
@@ -154,6 +186,7 @@ class StudentRankImpl(BaseModelActor):
         ckpt = self._config.ckpt
         folder = checkpoint_folder(self._config)
         if not ckpt.disable_ds:
+            averages = {name: average.whole() for name, average in self._averages.items()}
             self.strategy.save_ckpt(
                 self._student.engine,
                 str(folder / ACTOR_FOLDER),
@@ -163,6 +196,7 @@ class StudentRankImpl(BaseModelActor):
                 {OWN_STATE: {"client": client_states or {}, "shift_constant": self._shift_constant}},
                 metric_value=metric_value,
                 metric_key=metric_key,
+                write_more=lambda path: save_averages(averages, path),
             )
         if ckpt.save_hf:
             self.save_hf(str(folder / f"{tag}_hf"))
@@ -186,6 +220,8 @@ class StudentRankImpl(BaseModelActor):
         if tag is None:
             return {}
         _, states = self.strategy.load_ckpt(self._student.engine, str(folder), tag)
+        for name, average in self._averages.items():
+            average.load(folder / tag / average_file(name))
         own = states[OWN_STATE]
         self._shift_constant = own["shift_constant"]
         return dict(own["client"])
@@ -193,14 +229,14 @@ class StudentRankImpl(BaseModelActor):
     def save_hf(self, path: str) -> None:
         """Save the student as a Hugging Face folder, whole or not at all; an older folder there is replaced.
 
+        With --train.enable_ema it is the running average that is saved.
+
         Raises:
             OSError: it cannot be written.
         """
-        source = self._config.actor.model_name_or_path
-        if source is None:
-            raise ConfigError("--actor.model_name_or_path is missing")
-        trust = self._config.trust_remote_code
-        save_hf(self._student.engine, self.strategy, Path(path), source=source, trust_remote_code=trust)
+        ema = self._averages.get(EMA)
+        with ema.applied() if ema is not None else nullcontext():
+            save_hf(self._student.engine, self.strategy, Path(path), self._config)
 
 
 # Options that RayActorGroup gives each actor are added to these.

@@ -13,35 +13,14 @@ from numpy.typing import NDArray
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config, DistillConfig
-from openrlhf_bd.data.micro_batches import (
-    Assignment,
-    MicroBatch,
-    MicroBatchLimit,
-    PretrainBatch,
-    assign_rows,
-    collate_blocks,
-    collate_rollouts,
-)
+from openrlhf_bd.data.assignment import Assignment, Balance, MicroBatchLimit, assign, balance_of
+from openrlhf_bd.data.micro_batches import MicroBatch, collate
 from openrlhf_bd.data.order import BlockOrder, RowOrder
+from openrlhf_bd.data.row_checks import check_always_included, check_sets_belong, check_vocabulary
 from openrlhf_bd.errors import ConfigError, DataError
-from openrlhf_bd.functional.candidates import CandidateSets, restrict_top_p
+from openrlhf_bd.functional.candidates import restrict_top_p
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One micro-batch of this rank, of rows or of pre-training blocks.
-
-    Attributes:
-        batch: its tensors, on CPU.
-        weight: 1, or 0 for a filler.
-        names: rows or blocks in it, for messages.
-    """
-
-    batch: MicroBatch | PretrainBatch
-    weight: float
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +28,25 @@ class StepBatch:
     """This rank's share of a step, and the counts of the step over all ranks.
 
     Attributes:
-        rollouts: micro-batches of rows; as many on every rank.
-        pretrain: micro-batches of pre-training blocks; as many on every rank.
+        micro_batches: rows and pre-training blocks of this rank; as many on every rank. Any of them may be without
+            rows, or without text.
         num_rows: rows of the global batch.
         num_tokens: response tokens of the global batch.
         num_prompt_tokens: prompt tokens of the global batch.
         num_targets: pre-training targets of the step, over all ranks.
+        num_input_tokens: all of them: prompts, responses and pre-training blocks of the step, over all ranks.
+        sum_squared_lengths: over their rows and blocks.
+        balance: how well the ranks and the token budget are used, over all ranks.
     """
 
-    rollouts: list[Part]
-    pretrain: list[Part]
+    micro_batches: list[MicroBatch]
     num_rows: int
     num_tokens: int
     num_prompt_tokens: int
     num_targets: int
+    num_input_tokens: int
+    sum_squared_lengths: int
+    balance: Balance
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +79,9 @@ def plan_cut(
             f"{store}: the rows have no candidate sets, but --algo.distill.name {options.name} needs them; generate "
             "the data with this algorithm"
         )
+    if manifest.has_whole_sets:
+        _require_no_mask(options, store=store)
+        return None
     if needs.candidate_logprobs and not manifest.has_logprobs:
         raise ConfigError(
             f"{store}: the candidates' log-probabilities were not recorded, but --algo.distill.linear_term "
@@ -121,6 +108,15 @@ def plan_cut(
             "(--teacher.record_logprobs), can it be cut to other options"
         )
     return SetCut(options.top_p, always_include)
+
+
+def _require_no_mask(options: DistillConfig, *, store: str) -> None:
+    if options.top_p < 1:
+        raise ConfigError(
+            f"--algo.distill.top_p {options.top_p}: {store} was recorded at 1, without a mask, so it lists no ids and "
+            "its sets cannot be cut; use --algo.distill.top_p 1, or generate the data again (another "
+            "--teacher.store_path)"
+        )
 
 
 class StudentData:
@@ -168,12 +164,14 @@ class StudentData:
             layout="packed" if config.ds.packing_samples else "padded",
         )
         self._require_fit(self._lengths, context_length, store_path)
-        self._blocks: NDArray[np.integer] | None = None
+        self._block_order: BlockOrder | None = None
+        self._blocks: NDArray[np.integer] = np.empty((0, 1), np.int32)
         if pretrain_path is not None and config.algo.distill.pretrain_coef > 0:
             self._blocks = np.load(pretrain_path, mmap_mode="r", allow_pickle=False)
             self._require_fit(np.array([self._blocks.shape[1]]), context_length, pretrain_path)
             batch_size = train.pretrain_batch_size or train.batch_size
             self._block_order = BlockOrder(len(self._blocks), batch_size, train.seed)
+        self._block_length = self._blocks.shape[1]
 
     @staticmethod
     def _require_fit(lengths: NDArray[np.integer], context_length: int, path: str) -> None:
@@ -190,57 +188,46 @@ class StudentData:
             DataError: a row does not fit the student or the algorithm.
             StoreError: a row is damaged.
         """
-        rows = self._order.rows(step)
-        pretrain, num_targets = self._pretrain(step)
+        rows, blocks = self._order.rows(step), self._blocks_of(step)
+        lengths = np.concatenate([self._lengths[rows], np.full(len(blocks), self._block_length)])
+        ranks = assign(lengths, num_ranks=self._num_ranks, limit=self._limit, num_rows=len(rows))
         return StepBatch(
-            rollouts=self._rollouts(rows),
-            pretrain=pretrain,
+            micro_batches=self._micro_batches(ranks[self._rank], rows, blocks),
             num_rows=len(rows),
             num_tokens=int(self._reader.response_lengths[rows].sum()),
             num_prompt_tokens=int(self._reader.prompt_lengths[rows].sum()),
-            num_targets=num_targets,
+            num_targets=len(blocks) * (self._block_length - 1),
+            num_input_tokens=int(lengths.sum()),
+            sum_squared_lengths=int((lengths**2).sum()),
+            balance=balance_of(ranks, lengths, self._limit),
         )
 
-    def _assign(self, lengths: NDArray[np.integer]) -> list[Assignment]:
-        return assign_rows(lengths, num_ranks=self._num_ranks, limit=self._limit)[self._rank]
+    def _micro_batches(
+        self, assignments: Sequence[Assignment], rows: NDArray[np.int64], blocks: NDArray[np.int64]
+    ) -> list[MicroBatch]:
+        split = [
+            (part.items[part.items < len(rows)], part.items[part.items >= len(rows)] - len(rows))
+            for part in assignments
+        ]
+        # One call, so that each row group of the store is decoded once however its rows are spread.
+        rollouts = iter(self._reader.rollouts(rows[np.concatenate([items for items, _ in split])]))
+        return [
+            self._collate([next(rollouts) for _ in items], blocks[block_items], weight=float(part.counts))
+            for part, (items, block_items) in zip(assignments, split, strict=True)
+        ]
 
-    def _rollouts(self, rows: NDArray[np.int64]) -> list[Part]:
-        assignments = self._assign(self._lengths[rows])
-        mine = np.concatenate([assignment.rows for assignment in assignments])
-        rollouts = iter(self._reader.rollouts(rows[mine]))
-        parts = []
-        for assignment in assignments:
-            part = [next(rollouts) for _ in assignment.rows]
-            parts.append(Part(self._collate(part), float(assignment.counts), tuple(row.row_id for row in part)))
-        return parts
+    def _collate(self, rollouts: Sequence[Rollout], blocks: NDArray[np.int64], *, weight: float) -> MicroBatch:
+        texts = {f"pre-training block {block}": self._blocks[block] for block in blocks.tolist()}
+        with_sets = self._needs.candidate_sets
+        check_vocabulary(rollouts, texts, vocab_size=self._vocab_size)
+        if with_sets:
+            check_sets_belong(rollouts)
+        batch = collate(rollouts, texts, layout=self._limit.layout, with_sets=with_sets, weight=weight)
+        if batch.sets is None or self._cut is None:
+            return batch
+        check_always_included(rollouts, self._cut.always_include)
+        sets = restrict_top_p(batch.sets, top_p=self._cut.top_p, always_include=self._cut.always_include)
+        return replace(batch, sets=sets)
 
-    def _collate(self, rollouts: Sequence[Rollout]) -> MicroBatch:
-        batch = collate_rollouts(rollouts, layout=self._limit.layout, with_sets=self._needs.candidate_sets)
-        if batch.sets is not None and self._cut is not None:
-            sets = restrict_top_p(batch.sets, top_p=self._cut.top_p, always_include=self._cut.always_include)
-            batch = replace(batch, sets=sets)
-        self._require_vocabulary(batch.tokens.input_ids.max().item(), batch.sets, batch.row_ids)
-        return batch
-
-    def _require_vocabulary(self, largest: float, sets: CandidateSets | None, names: Sequence[str]) -> None:
-        if sets is not None:
-            largest = max(largest, sets.ids_M.max().item())
-        if largest >= self._vocab_size:
-            raise DataError(
-                f"rows {', '.join(names)}: token id {largest:.0f} is outside the student's vocabulary of "
-                f"{self._vocab_size}; teacher and student need the same tokenizer"
-            )
-
-    def _pretrain(self, step: int) -> tuple[list[Part], int]:
-        if self._blocks is None:
-            return [], 0
-        indices = self._block_order.blocks(step)
-        length = self._blocks.shape[1]
-        parts = []
-        for assignment in self._assign(np.full(len(indices), length)):
-            chosen = indices[assignment.rows]
-            batch = collate_blocks(self._blocks[chosen])
-            names = tuple(f"pre-training block {index}" for index in chosen.tolist())
-            self._require_vocabulary(batch.tokens.input_ids.max().item(), None, names)
-            parts.append(Part(batch, float(assignment.counts), names))
-        return parts, len(indices) * (length - 1)
+    def _blocks_of(self, step: int) -> NDArray[np.int64]:
+        return np.empty(0, np.int64) if self._block_order is None else self._block_order.blocks(step)

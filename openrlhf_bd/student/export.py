@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from openrlhf_bd.config import Config
 from openrlhf_bd.student.checkpoints import PARTIAL, replace_folder
+from openrlhf_bd.student.lora import ADAPTER_FOLDER, merged_weights, save_adapter
 from openrlhf_bd.student.model import state_dict_of
 from openrlhf_bd.student.strategy import BellmanStrategy
 
@@ -26,19 +28,22 @@ TOKENIZER_FILES = (
 )
 
 
-def save_hf(engine: Any, strategy: BellmanStrategy, target: Path, *, source: str, trust_remote_code: bool) -> None:
+def save_hf(engine: Any, strategy: BellmanStrategy, target: Path, config: Config) -> None:
     """Save the student's weights in their own type under their own names. Collective.
+
+    With adapters the folder holds the merged model, which loads like any other, and the adapters alone in `adapter/`.
 
     Args:
         engine: DeepSpeed engine around the student.
         strategy: of this rank.
         target: folder to make; replaced if it is there.
-        source: folder or name of the model that training started from; its tokenizer is copied as it is.
-        trust_remote_code: whether a tokenizer's own code may run.
+        config: options of the job; the tokenizer of --actor.model_name_or_path is copied as it is.
 
     Raises:
         OSError: the folder cannot be written; on all ranks.
     """
+    source = str(config.actor.model_name_or_path)
+    model = engine.module.model
     weights = state_dict_of(engine, zero_stage=strategy.stage)
     partial = target.with_name(target.name + PARTIAL)
 
@@ -46,8 +51,10 @@ def save_hf(engine: Any, strategy: BellmanStrategy, target: Path, *, source: str
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        engine.module.model.save_pretrained(partial, state_dict=weights)
-        copy_tokenizer(source, partial, trust_remote_code=trust_remote_code)
+        model.save_pretrained(partial, state_dict=merged_weights(model, weights))
+        if config.ds.lora.rank > 0:
+            save_adapter(model, weights, config, partial / ADAPTER_FOLDER)
+        copy_tokenizer(source, partial, trust_remote_code=config.trust_remote_code)
         replace_folder(partial, target)
 
     strategy.on_rank_0(write)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from openrlhf_bd.algorithms.base import Algorithm
-from openrlhf_bd.config import DistillConfig
-from openrlhf_bd.data.micro_batches import MicroBatch, PretrainBatch, TokenBatch
+from openrlhf_bd.algorithms.base import Algorithm, StepContext
+from openrlhf_bd.config import Config
+from openrlhf_bd.data.micro_batches import MicroBatch, TokenBatch
 from openrlhf_bd.errors import TrainingError
-from openrlhf_bd.functional.cross_entropy import token_cross_entropy
-from openrlhf_bd.functional.head import DenseHead, StudentHead, mean_log_sum_exp
+from openrlhf_bd.functional.bellman import td_scale_at
+from openrlhf_bd.functional.head import StudentHead, mean_log_sum_exp
 from openrlhf_bd.functional.metrics import Metrics, mean_metrics, merge_metrics
-from openrlhf_bd.student.data import Part, StepBatch
+from openrlhf_bd.student.data import StepBatch
+from openrlhf_bd.student.flops import TERA, ModelCounts, step_flops
+from openrlhf_bd.student.live_teacher import LiveTeacher
+from openrlhf_bd.student.loss import MicroBatchLoss, rollout_tokens, text_tokens
 from openrlhf_bd.student.strategy import BellmanStrategy
 
 MAX_NAMES = 8
@@ -39,20 +45,33 @@ class TrainedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class PartLoss:
-    """Loss of one micro-batch.
+class Utilisation:
+    """What model FLOP utilisation is measured against.
 
     Attributes:
-        name: policy_loss or ptx_loss.
-        loss: its share of that loss of the global batch. Gradient flows.
-        coefficient: of that loss in the loss that is minimised.
-        metrics: name -> (sum, weight).
+        counts: of the student.
+        peak_tflops: of all ranks' devices together.
     """
 
-    name: str
-    loss: Tensor
-    coefficient: float
-    metrics: Metrics
+    counts: ModelCounts
+    peak_tflops: float
+
+
+class TargetNetwork(Protocol):
+    """Slowly moving weights of the student (average.ParameterAverage)."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Inside, the engine's parameters are the target network's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A step's micro-batches and what their losses share."""
+
+    step: int
+    batch: StepBatch
+    algorithm: Algorithm
+    target_heads: Sequence[StudentHead | None]
 
 
 class StudentStep:
@@ -61,17 +80,31 @@ class StudentStep:
     Args:
         student: engine, optimizer and schedule.
         strategy: of this rank.
-        options: --algo.distill.*
+        config: options of the job.
+        utilisation: for the model FLOP utilisation.
+        teacher: for --algo.distill.kd_ratio, or None.
+        target: for --algo.distill.next_value_gradient target, or None.
     """
 
-    def __init__(self, student: TrainedModel, strategy: BellmanStrategy, options: DistillConfig) -> None:
-        self._student, self._strategy, self._options = student, strategy, options
+    def __init__(
+        self,
+        student: TrainedModel,
+        strategy: BellmanStrategy,
+        config: Config,
+        *,
+        utilisation: Utilisation,
+        teacher: LiveTeacher | None = None,
+        target: TargetNetwork | None = None,
+    ) -> None:
+        self._student, self._strategy, self._config = student, strategy, config
+        self._options = config.algo.distill
+        self._utilisation, self._teacher, self._target = utilisation, teacher, target
 
     def run(self, step: int, batch: StepBatch, algorithm: Algorithm, *, data_s: float) -> dict[str, float]:
         """One optimizer step. Collective.
 
         Args:
-            step: counted from 1, for messages.
+            step: counted from 1.
             batch: this rank's micro-batches.
             algorithm: whose loss is minimised.
             data_s: seconds that reading the batch took.
@@ -83,8 +116,9 @@ class StudentStep:
             TrainingError: a loss or gradient is not finite; on all ranks, before any weight changes.
         """
         started = time.monotonic()
-        metrics, not_finite = self._gradients(batch, algorithm)
-        self._require_finite(step, not_finite)
+        work = _Work(step, batch, algorithm, self._target_heads(batch))
+        metrics, not_finite = self._gradients(work)
+        self._require_finite(work, not_finite)
         gradients_done = time.monotonic()
         learning_rate = float(self._student.scheduler.get_last_lr()[0])
         engine = self._student.engine
@@ -93,15 +127,16 @@ class StudentStep:
         metrics["time_forward_backward_s"] = self._pair(gradients_done - started)
         metrics["time_optimizer_s"] = self._pair(time.monotonic() - gradients_done)
         values = self._reduced(metrics)
-        seconds = sum(values[f"time_{part}_s"] for part in ("data", "forward_backward", "optimizer"))
         return {
             "loss": values["policy_loss"] + self._options.pretrain_coef * values.get("ptx_loss", 0.0),
             **values,
             "actor_lr": learning_rate,
             "actor_grad_norm": norm,
-            "tokens_per_s": values["tokens"] / seconds,
             "response_length": batch.num_tokens / batch.num_rows,
             "total_length": (batch.num_tokens + batch.num_prompt_tokens) / batch.num_rows,
+            **self._warm_up(step),
+            **_use_of(batch),
+            **self._speed(batch, values["time_forward_backward_s"] + values["time_optimizer_s"]),
         }
 
     @torch.no_grad()
@@ -109,96 +144,158 @@ class StudentStep:
         """Mean log-sum-exp of the student's logits / tau over the response tokens of global batches. Collective."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._strategy.device)
         self._student.engine.eval()
-        for part in (part for batch in batches for part in batch.rollouts):
-            micro_batch = part.batch.to(self._strategy.device)
-            assert isinstance(micro_batch, MicroBatch)
-            head = self._head(micro_batch.tokens)
-            mask_S = micro_batch.trajectories.has_action_S
-            sums += part.weight * torch.stack(mean_log_sum_exp(head, mask_S, tau=self._options.tau))
+        for micro_batch in (micro_batch for batch in batches for micro_batch in batch.micro_batches):
+            mask_S = micro_batch.trajectories.has_action_S.to(self._strategy.device)
+            level = partial(mean_log_sum_exp, mask_S=mask_S, tau=self._options.tau)
+            sums += micro_batch.weight * torch.stack(self._forward(rollout_tokens(micro_batch), level))
         total, count = self._strategy.all_reduce(sums, "sum").tolist()
         return float(total / count)
 
-    def _head(self, tokens: TokenBatch) -> StudentHead:
-        logits_SV = self._student.engine(
-            tokens.input_ids, tokens.position_ids, tokens.attention_mask, tokens.state_index_S
+    def _forward(self, tokens: TokenBatch, loss: Callable[[StudentHead], Any] | None) -> Any:
+        tokens = tokens.to(self._strategy.device)
+        return self._student.engine(
+            tokens.input_ids, tokens.position_ids, tokens.attention_mask, tokens.state_index_S, loss
         )
-        return DenseHead(logits_SV)
 
-    def _gradients(self, batch: StepBatch, algorithm: Algorithm) -> tuple[Metrics, list[tuple[Tensor, Part]]]:
-        """Gradients of the whole step; metrics of this rank; each micro-batch, and whether its loss is not finite."""
+    def _target_heads(self, batch: StepBatch) -> list[StudentHead | None]:
+        """The target network at the rollouts' states of each micro-batch: all at once, for one change of weights.
+
+        The heads share one copy of the output embedding. Every rank passes each micro-batch through the model, since
+        under ZeRO-3 ranks meet there.
+        """
+        micro_batches = batch.micro_batches
+        if self._target is None:
+            return [None] * len(micro_batches)
+        with self._target.applied():
+            hidden = [self._forward(rollout_tokens(micro_batch), None) for micro_batch in micro_batches]
+            head = self._student.engine.module.head(torch.cat(hidden))
+        starts = np.cumsum([0, *(micro_batch.num_states for micro_batch in micro_batches)]).tolist()
+        return [
+            head.narrow(start, micro_batch.num_states)
+            for start, micro_batch in zip(starts, micro_batches, strict=False)
+        ]
+
+    def _gradients(self, work: _Work) -> tuple[Metrics, list[Tensor]]:
+        """Gradients of the whole step; metrics of this rank; whether the loss of each micro-batch is not finite."""
         self._student.engine.train()
-        parts = batch.rollouts + batch.pretrain
+        micro_batches = work.batch.micro_batches
         metrics: Metrics = {}
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Tensor | float] = {}
         not_finite = []
-        for index, part in enumerate(parts):
-            output = self._loss(part, batch, algorithm)
+        for index, micro_batch in enumerate(micro_batches):
+            loss, parts, own_metrics = self._forward(micro_batch.tokens, self._loss(work, index))
             # DeepSpeed averages gradients over ranks; the loss is a sum over them.
-            scale = output.coefficient * part.weight * self._strategy.world_size
-            self._strategy.backward(output.loss * scale, self._student.engine, last=index == len(parts) - 1)
-            loss = output.loss.detach().double()
-            not_finite.append((~torch.isfinite(loss), part))
-            for name, value in ((output.name, loss), ("tokens", self._pair(part.batch.tokens.num_tokens)[0])):
-                sums[name] = sums.get(name, 0.0) + value * part.weight
+            scale = micro_batch.weight * self._strategy.world_size
+            self._strategy.backward(loss * scale, self._student.engine, last=index == len(micro_batches) - 1)
+            not_finite.append(~torch.isfinite(loss.detach()))
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + part.double() * micro_batch.weight
             counted = {
-                name: (total * part.weight, weight * part.weight) for name, (total, weight) in output.metrics.items()
+                name: (total * micro_batch.weight, weight * micro_batch.weight)
+                for name, (total, weight) in own_metrics.items()
             }
             metrics = merge_metrics([metrics, counted])
-        # What counts is the sum over ranks, so only one rank gives a weight.
+        # What counts is the sum over ranks, so only one rank gives a weight. A rank may have no text.
         weight = float(self._strategy.is_rank_0())
-        return metrics | {name: (total, total.new_tensor(weight)) for name, total in sums.items()}, not_finite
+        names = ["policy_loss", *(["ptx_loss"] if work.batch.num_targets else [])]
+        losses = {name: self._pair(float(sums.get(name, 0.0)), weight=weight) for name in names}
+        return metrics | losses, not_finite
 
-    def _loss(self, part: Part, batch: StepBatch, algorithm: Algorithm) -> PartLoss:
-        tensors = part.batch.to(self._strategy.device)
-        head = self._head(tensors.tokens)
-        use = self._use_of(tensors.tokens)
-        if isinstance(tensors, PretrainBatch):
-            every_S = torch.ones_like(tensors.target_S, dtype=torch.bool)
-            loss, _ = token_cross_entropy(
-                head,
-                tensors.target_S,
-                every_S,
-                denominator=float(batch.num_targets),
-                z_loss_coef=self._options.z_loss_coef,
-            )
-            return PartLoss("ptx_loss", loss, self._options.pretrain_coef, use)
-        output = algorithm.loss(
-            head,
-            tensors.sets,
-            tensors.trajectories,
+    def _loss(self, work: _Work, index: int) -> MicroBatchLoss:
+        micro_batch, batch = work.batch.micro_batches[index], work.batch
+        every = self._config.logger.diagnostics_steps
+        context = StepContext(
             num_tokens=float(batch.num_tokens),
             num_rows=float(batch.num_rows),
+            step=work.step,
+            target_head=work.target_heads[index],
+            generator=self._generator(work.step, index),
+            full_diagnostics=work.step == 1 or work.step % every == 0,
         )
-        return PartLoss("policy_loss", output.loss, 1.0, output.metrics | use)
+        teacher_head = None
+        if self._teacher is not None and micro_batch.num_targets:
+            teacher_head = self._teacher.head(text_tokens(micro_batch).to(self._strategy.device))
+        on_device = micro_batch.to(self._strategy.device)
+        return MicroBatchLoss(on_device, work.algorithm, context, float(batch.num_targets), teacher_head)
 
-    def _use_of(self, tokens: TokenBatch) -> Metrics:
-        """Share of padding among the positions computed."""
-        padding = tokens.num_positions - tokens.num_tokens
-        return {"padding_share": self._pair(padding, weight=tokens.num_positions)}
+    def _generator(self, step: int, index: int) -> torch.Generator:
+        """Random numbers of one micro-batch: a resumed run draws the same, ranks draw different ones."""
+        words = [self._config.train.seed % 2**32, step, index, self._strategy.get_rank()]
+        [seed] = np.random.SeedSequence(words).generate_state(1, np.uint64).tolist()
+        # PyTorch takes seeds up to 2^63.
+        return torch.Generator(self._strategy.device).manual_seed(seed >> 1)
 
     def _pair(self, total: float, *, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         pair = torch.tensor([total, weight], dtype=torch.float64, device=self._strategy.device)
         return pair[0], pair[1]
 
-    def _require_finite(self, step: int, not_finite: Sequence[tuple[Tensor, Part]]) -> None:
-        flags = torch.stack([flag for flag, _ in not_finite])
+    def _require_finite(self, work: _Work, not_finite: Sequence[Tensor]) -> None:
+        flags = torch.stack(list(not_finite))
         any_loss = self._strategy.all_reduce(flags.any().double(), "max").item() > 0
         if not any_loss and self._strategy.gradients_are_finite(self._student.engine):
             return
-        parts = [part for flag, part in not_finite if flag or not any_loss]
-        mine = [name for part in parts for name in part.names if part.weight]
+        mine = self._names_not_finite(work, flags.tolist()) if any_loss else _names(work.batch.micro_batches)
         names = [name for names in self._strategy.gather(mine) for name in names]
         listed = ", ".join(names[:MAX_NAMES]) + (
             f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         )
         raise TrainingError(
-            f"step {step}: the {'loss' if any_loss else 'gradient'} is not finite in {listed}. No weight was changed; "
-            "look at these rows, lower --actor.adam.lr, or resume from a checkpoint before the loss grew"
+            f"step {work.step}: the {'loss' if any_loss else 'gradient'} is not finite in {listed}. No weight was "
+            "changed; look at these rows, lower --actor.adam.lr, or resume from a checkpoint before the loss grew"
         )
+
+    @torch.no_grad()
+    def _names_not_finite(self, work: _Work, flags: Sequence[bool]) -> list[str]:
+        """Rows and blocks to blame: those whose own loss is not finite, or all of a micro-batch if none is by itself.
+
+        Computes every micro-batch again on every rank, since under ZeRO-3 ranks meet in each.
+        """
+        names: list[str] = []
+        for index, (micro_batch, flag) in enumerate(zip(work.batch.micro_batches, flags, strict=True)):
+            found = self._forward(micro_batch.tokens, self._loss(work, index).items_not_finite).tolist()
+            if flag and micro_batch.weight:
+                own = [name for name, bad in zip(micro_batch.names, found, strict=True) if bad]
+                names += own or micro_batch.names
+        return names
 
     def _reduced(self, metrics: Metrics) -> dict[str, float]:
         """Sums and weights added over ranks, then divided."""
-        names = sorted(metrics)
-        pairs = torch.stack([torch.stack(metrics[name]) for name in names])
+        names = sorted({name for names in self._strategy.gather(sorted(metrics)) for name in names})
+        nothing = self._pair(0.0, weight=0.0)
+        pairs = torch.stack([torch.stack(metrics.get(name, nothing)) for name in names])
         totals = self._strategy.all_reduce(pairs, "sum").cpu()
         return mean_metrics({name: (total, weight) for name, (total, weight) in zip(names, totals, strict=True)})
+
+    def _warm_up(self, step: int) -> dict[str, float]:
+        return {"td_scale": td_scale_at(step, self._options)} if self._options.td_warmup_steps else {}
+
+    def _speed(self, batch: StepBatch, compute_s: float) -> dict[str, float]:
+        """Tokens a second and utilisation while computing; padding and fillers are no tokens."""
+        flops = step_flops(
+            self._utilisation.counts,
+            num_tokens=batch.num_input_tokens,
+            num_states=batch.num_tokens + batch.num_targets,
+            sum_squared_lengths=batch.sum_squared_lengths,
+        )
+        return {
+            "tokens": float(batch.num_input_tokens),
+            "tokens_per_s": batch.num_input_tokens / compute_s,
+            "mfu": flops / (compute_s * self._utilisation.peak_tflops * TERA),
+        }
+
+
+def _names(micro_batches: Sequence[MicroBatch]) -> list[str]:
+    return [name for micro_batch in micro_batches for name in micro_batch.names if micro_batch.weight]
+
+
+def _use_of(batch: StepBatch) -> dict[str, float]:
+    """How well the step uses ranks and token budget."""
+    balance = batch.balance
+    fill = {} if balance.fill is None else {"fill": balance.fill}
+    return {
+        "micro_batches": float(balance.num_micro_batches),
+        "padding_share": balance.padding_share,
+        "token_imbalance": balance.token_imbalance,
+        "square_imbalance": balance.square_imbalance,
+        **fill,
+    }

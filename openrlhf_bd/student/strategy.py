@@ -80,6 +80,7 @@ class BellmanStrategy(DeepspeedStrategy):
 
     def __init__(self, config: Config) -> None:
         _refuse_unreliable(config.ds)
+        _refuse_muon(config)
         super().__init__(
             seed=config.train.seed,
             full_determinism=config.train.full_determinism_enable,
@@ -206,15 +207,19 @@ class BellmanStrategy(DeepspeedStrategy):
         save_latest: bool = True,
         metric_value: float | None = None,
         metric_key: str | None = None,
+        write_more: Callable[[Path], object] | None = None,
     ) -> None:
         """A checkpoint in upstream's layout, that is there whole or not at all. Collective.
 
         Old ones are removed only after the new one is whole. Arguments as upstream's; `latest` is always written.
+        `write_more` adds files of our own to the folder, on rank 0.
         """
         folder = Path(save_dir)
         partial, target = folder / f"{tag}{PARTIAL}", folder / tag
         self.on_rank_0(lambda: shutil.rmtree(partial) if partial.exists() else None)
         model.save_checkpoint(save_dir, tag=partial.name, client_state=client_state or {}, save_latest=False)
+        if write_more is not None:
+            self.on_rank_0(lambda: write_more(partial))
         dist.barrier()
         mine = checkpoint_files(partial)[self.get_rank() :: self.world_size]
         parts = self.gather({name: settled_digest(partial / name) for name in mine})
@@ -274,6 +279,30 @@ def _refuse_unreliable(ds: DeepspeedConfig) -> None:
         raise ConfigError(
             f"--ds.zero_stage 1 with --ds.param_dtype bf16 and --ds.grad_accum_dtype {ds.grad_accum_dtype}: "
             "DeepSpeed's optimizer for these does not report gradients that are not finite; use --ds.zero_stage 2"
+        )
+
+
+def _refuse_muon(config: Config) -> None:
+    """What DeepSpeed's Muon does not do, or does to no good, is refused rather than ignored."""
+    if config.actor.optim != "muon":
+        return
+    ds = config.ds
+    if ds.zero_stage not in (1, 2):
+        raise ConfigError(
+            f"--actor.optim muon with --ds.zero_stage {ds.zero_stage}: without ZeRO DeepSpeed "
+            "steps by the plain gradient, and ZeRO-3 with scattered gradients refuses it; use --ds.zero_stage 1 or 2"
+        )
+    if ds.param_dtype == "fp16":
+        raise ConfigError(
+            "--actor.optim muon with --ds.param_dtype fp16: DeepSpeed divides the finished update by the loss scale; "
+            "use bf16 or fp32"
+        )
+    if ds.adam_offload:
+        raise ConfigError("--actor.optim muon with --ds.adam_offload: DeepSpeed cannot do both; leave one of them away")
+    if config.actor.max_norm > 0:
+        raise ConfigError(
+            f"--actor.optim muon with --actor.max_norm {config.actor.max_norm:g}: DeepSpeed clips the finished update, "
+            "whose norm says nothing of the gradient's, to almost nothing; use --actor.max_norm 0"
         )
 
 

@@ -122,8 +122,9 @@ def record_states(logits_NV: Tensor, taken_N: Tensor, options: RecordOptions) ->
     logits_NV = logits_NV.float()
     taken_N = taken_N.long()
     taken_logit_N = logits_NV.gather(-1, taken_N.clamp_min(0)[:, None])[:, 0]
-    if options.top_p is None:
-        sets, log_normaliser_N = None, logits_NV.logsumexp(-1)
+    if options.top_p is None or options.top_p == 1:
+        sets = None if options.top_p is None else RecordedSets.whole(len(taken_N))
+        log_normaliser_N = logits_NV.logsumexp(-1)
     else:
         candidates = top_p_candidates(logits_NV, top_p=options.top_p, always_include=options.always_include)
         assert candidates.logprobs_M is not None

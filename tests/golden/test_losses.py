@@ -7,20 +7,29 @@ file again.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from openrlhf_bd.config import DistillConfig
-from openrlhf_bd.functional.bellman import bellman_loss_from_logits
+from openrlhf_bd.functional.bellman import bellman_loss
 from openrlhf_bd.functional.candidates import top_p_candidates
+from openrlhf_bd.functional.head import DenseHead, StudentHead
 from openrlhf_bd.functional.metrics import mean_metrics
+from openrlhf_bd.functional.sparse_head import SparseHead
 from openrlhf_bd.functional.trajectories import Trajectories
 
 GOLDEN = Path(__file__).with_name("losses.json")
-PRESETS = ["robust", "paper"]
+PRESETS = ["robust", "paper", "released"]
+HEADS: dict[str, Callable[[Tensor], StudentHead]] = {
+    "dense": DenseHead,
+    # Hidden states times the identity: the same logits, without rounding.
+    "sparse": lambda z_SV: SparseHead(z_SV, torch.eye(z_SV.shape[1], dtype=z_SV.dtype)),
+}
 DTYPES = {"float64": (torch.float64, 1e-12), "float32": (torch.float32, 2e-6)}
 VOCAB_SIZE, STOP_ID, SHIFT = 50, 3, 1.75
 
@@ -41,7 +50,7 @@ def micro_batch() -> tuple[np.ndarray, np.ndarray, Trajectories]:
     return teacher_SV, student_SV, Trajectories(torch.tensor(taken), following, terminal, row)
 
 
-def compute(preset: str, dtype: torch.dtype) -> dict[str, object]:
+def compute(preset: str, dtype: torch.dtype, head: str = "dense") -> dict[str, object]:
     """Loss, norm and weighted sum of the gradient, and every metric."""
     teacher_SV, student_SV, trajectories = micro_batch()
     options = DistillConfig.model_validate({"preset": preset})
@@ -51,8 +60,8 @@ def compute(preset: str, dtype: torch.dtype) -> dict[str, object]:
         always_include=[STOP_ID] if options.include_eos else [],
     )
     z_SV = torch.from_numpy(student_SV).to(dtype).requires_grad_()
-    terms = bellman_loss_from_logits(
-        z_SV,
+    terms = bellman_loss(
+        HEADS[head](z_SV),
         sets,
         trajectories,
         options,
@@ -73,13 +82,14 @@ def compute(preset: str, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("preset", PRESETS)
-def test_losses_are_the_recorded_ones(preset: str, dtype: str) -> None:
-    """Loss, gradient and metrics of a preset stay what they were."""
+def test_losses_are_the_recorded_ones(preset: str, dtype: str, head: str) -> None:
+    """Loss, gradient and metrics of a preset stay what they were, through every head."""
     torch_dtype, tolerance = DTYPES[dtype]
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[preset][dtype]
-    found = compute(preset, torch_dtype)
+    found = compute(preset, torch_dtype, head)
     assert found.pop("metrics") == pytest.approx(expected.pop("metrics"), rel=tolerance, abs=tolerance)
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
 

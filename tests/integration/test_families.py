@@ -23,7 +23,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "llama"])
 def test_family_is_trained_and_validated(inputs: Path, family: str) -> None:
-    """A student of the family learns from the Qwen2 teacher's rows, which the next one reuses; vLLM samples from it."""
+    """A student of the family learns from the teacher's rows, packed, which the next reuses; vLLM samples from it."""
     student = inputs / f"{family}_init"
     shape = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 2, "num_layers": 2, "max_len": 256}
     options = {"tokenizer": TEACHER_FOLDER, "output_dir": student, "model_type": family, **shape}
@@ -34,6 +34,7 @@ def test_family_is_trained_and_validated(inputs: Path, family: str) -> None:
         actor__model_name_or_path=str(student),
         teacher__store_path=str(inputs / "store"),
         train__max_steps="2",
+        ds__packing_samples="true",
         eval__test_datasets="",
     )
     done = run_job(*flags)

@@ -86,6 +86,25 @@ def test_same_command_again_reuses_everything(inputs: Path, finished_run: Path) 
     assert (finished_run / "model.safetensors").read_bytes() == before
 
 
+def test_job_without_a_mask(inputs: Path) -> None:
+    """At p = 1 the store lists no ids, the student trains on whole vocabularies, and a smaller p is refused later."""
+    run = inputs / "no_mask"
+    changes = {"algo__distill__preset": "paper", "actor__num_gpus_per_node": "1", "eval__test_datasets": ""}
+    changes |= {"eval__dataset": "", "train__max_steps": "2"}
+    done = run_job(*job_flags(inputs, run, algo__distill__top_p="1", **changes))
+    assert done.returncode == 0, done.stdout
+    reader = StoreReader(run / "teacher_data")
+    assert all(rollout.sets is not None and rollout.sets.is_whole for rollout in reader.rollouts(range(len(reader))))
+    metrics = read_metrics(run)
+    assert [record["step"] for record in metrics] == [1, 2]
+    assert not {"train/set_size", "train/out_of_set_rate"} & metrics[-1].keys()
+    done = run_job(
+        *job_flags(inputs, inputs / "mask", teacher__store_path=str(reader.path), algo__distill__top_p="0.8", **changes)
+    )
+    assert done.returncode == 2, done.stdout
+    assert "found top_p 1, where no ids are listed that could be cut" in " ".join(done.stdout.split())
+
+
 def test_another_run_does_not_touch_the_folder(inputs: Path, finished_run: Path) -> None:
     """Other options in the folder of a finished run: status 2, the option is named, nothing changes."""
     done = run_job(*job_flags(inputs, finished_run, algo__distill__gamma="0.5"))

@@ -16,13 +16,13 @@ from openrlhf_bd.cli.options import Option, all_options
 OTHER_DEFAULTS = {
     "ckpt.path": "a folder in the run's own, so that two runs never share checkpoints",
     "ds.attn_implementation": "auto is flash_attention_2 where it is installed, and sdpa on machines without it",
+    "ds.lora.target_modules": "the same word, in a list like any other value of the option",
     "eval.temperature": "the paper evaluates at temperature 1",
     "logger.wandb.project": "another program, another project",
     "logger.wandb.run_name": "the name of the output folder, which is known when a run is resumed",
 }
 # Shared flags whose values are others here, with the reason.
 OTHER_VALUES = {
-    "actor.optim": "muon is not offered: its DeepSpeed form ignores half of its options",
     "ds.param_dtype": "fp32 as well, which is faster than bf16 on CPUs",
     "ds.grad_accum_dtype": "upstream takes any text; DeepSpeed knows these three",
 }
@@ -34,7 +34,9 @@ NOT_OFFERED = {
     "actor.eps_clip": "of PPO's loss",
     "actor.freeze_visual_encoder": "text only",
     "actor.loss_agg_mode": "algo.distill.reduction",
-    "actor.muon.": "muon is not offered",
+    "actor.muon.nesterov": "DeepSpeed's Muon has Nesterov momentum always, and reads no such option",
+    "actor.muon.no_nesterov": "DeepSpeed's Muon has Nesterov momentum always, and reads no such option",
+    "actor.muon.ns_steps": "DeepSpeed's Muon makes five Newton-Schulz steps always, and reads no such option",
     "actor.policy_loss_type": "of PPO's loss",
     "algo.advantage.": "of reinforcement learning",
     "algo.dynamic_filtering": "of reinforcement learning",
@@ -46,11 +48,9 @@ NOT_OFFERED = {
     "ds.deepcompile": "not supported",
     "ds.enable_sleep": "stages run one after another and free their GPUs",
     "ds.experts_implementation": "mixture-of-experts students are not supported",
-    "ds.load_in_4bit": "not supported",
-    "ds.lora.": "not supported",
+    "ds.load_in_4bit": "needs bitsandbytes on CUDA; the exported student is a merged model, which 4 bits would round",
     "ds.ring_attn": "not supported",
     "ds.tensor_parallel_size": "not supported",
-    "ds.use_liger_kernel": "the loss asks for logits of a few tokens only",
     "ds.value_head_prefix": "there is no critic",
     "eval.n_samples_per_prompt": "eval.seeds: one response a seed",
     "local_rank": "ranks are Ray actors",
@@ -63,8 +63,6 @@ NOT_OFFERED = {
     "train.agent_func_path": "of reinforcement learning",
     "train.async": "offline: the teacher's data is finished before training",
     "train.colocate": "stages run one after another and free their GPUs",
-    "train.ema_beta": "not supported",
-    "train.enable_ema": "not supported",
     "train.num_episodes": "train.max_epochs",
     "train.partial_rollout_enable": "of reinforcement learning",
     "use_ms": "hub data sets and models come from Hugging Face",

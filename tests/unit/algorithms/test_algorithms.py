@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openrlhf_bd.algorithms import resolve_algorithm
-from openrlhf_bd.algorithms.base import Needs
+from openrlhf_bd.algorithms.base import Needs, StepContext
 from openrlhf_bd.config import DistillConfig
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.bellman import bellman_loss
@@ -42,14 +42,14 @@ SETS = CandidateSets(
 def test_cross_entropy_algorithms(name: str) -> None:
     """Cross-entropy of the rows' tokens over the global count, per token or per row, with the z-loss if asked for."""
     algorithm = resolve_algorithm(name)(DistillConfig(), [0])
-    output = algorithm.loss(DenseHead(LOGITS), None, trajectories(), num_tokens=6, num_rows=4)
+    output = algorithm.loss(DenseHead(LOGITS), None, trajectories(), StepContext(6, 4))
     assert float(output.loss) == pytest.approx(sum(NLL) / 6)
     assert float(output.metrics["gpt_loss"][0] / output.metrics["gpt_loss"][1]) == pytest.approx(sum(NLL) / 3)
     algorithm = resolve_algorithm(name)(DistillConfig(reduction="sequence"), [0])
-    output = algorithm.loss(DenseHead(LOGITS), None, trajectories(), num_tokens=6, num_rows=4)
+    output = algorithm.loss(DenseHead(LOGITS), None, trajectories(), StepContext(6, 4))
     assert float(output.loss) == pytest.approx(((NLL[0] + NLL[1]) / 2 + NLL[2]) / 4)
     algorithm = resolve_algorithm(name)(DistillConfig(z_loss_coef=0.1), [0])
-    output = algorithm.loss(DenseHead(LOGITS), None, trajectories(), num_tokens=6, num_rows=4)
+    output = algorithm.loss(DenseHead(LOGITS), None, trajectories(), StepContext(6, 4))
     squares = 2 * math.log(8) ** 2 + math.log(4) ** 2
     assert float(output.loss) == pytest.approx((sum(NLL) + 0.1 * squares) / 6)
 
@@ -59,19 +59,83 @@ def test_bd_is_the_bellman_loss_of_its_options() -> None:
     options = DistillConfig(reduction="sequence")
     algorithm = resolve_algorithm("bd")(options, [0], 1.5)
     counts = {"num_tokens": 3.0, "num_rows": 2.0}
-    output = algorithm.loss(DenseHead(LOGITS), SETS, trajectories(), **counts)
+    output = algorithm.loss(DenseHead(LOGITS), SETS, trajectories(), StepContext(**counts))
     terms = bellman_loss(DenseHead(LOGITS), SETS, trajectories(), options, shift_constant=1.5, stop_ids=[0], **counts)
     assert torch.equal(output.loss, terms.loss)
     assert output.metrics.keys() == terms.metrics.keys()
     assert "stop_prob" in output.metrics
 
 
+def test_bd_uses_what_the_step_gives() -> None:
+    """The step's number warms the regulariser up, and the target network's logits give the next values."""
+    warm = DistillConfig(preset="paper", td_warmup_steps=4)
+    losses = [
+        float(
+            resolve_algorithm("bd")(warm, [0])
+            .loss(DenseHead(LOGITS), SETS, trajectories(), StepContext(3, 2, step))
+            .loss
+        )
+        for step in (1, 2, 4, 5)
+    ]
+    assert losses[1] - losses[0] == pytest.approx((losses[2] - losses[1]) / 2)
+    assert losses[3] == losses[2]
+    target = DistillConfig(preset="paper", next_value_gradient="target")
+    algorithm = resolve_algorithm("bd")(target, [0])
+    assert algorithm.needs.target_network
+    heads = [DenseHead(LOGITS), DenseHead(LOGITS.flip(1))]
+    found = [
+        float(algorithm.loss(DenseHead(LOGITS), SETS, trajectories(), StepContext(3, 2, target_head=head)).loss)
+        for head in heads
+    ]
+    assert found[0] != found[1]
+    with pytest.raises(ConfigError, match="target_head"):
+        algorithm.loss(DenseHead(LOGITS), SETS, trajectories(), StepContext(3, 2))
+
+
+@pytest.mark.parametrize("preset", ["robust", "paper", "released"])
+def test_kd_is_the_cross_entropy_of_the_coarsened_distributions(preset: str) -> None:
+    """-sum pi* log pi over the candidates - (1 - P) log(1 - P_theta), whatever the options of the objective are.
+
+    State 0: .6 and .3 against 5/8 and 2/8, the rest .1 against 1/8. State 1: .9 against 3/8, .1 against 5/8.
+    State 2: .9 against 1/2, .1 against 1/2.
+    """
+    sets = replace(SETS, neg_log_mass_S=torch.full((3,), -math.log(0.9), dtype=torch.float64))
+    sets = replace(sets, logprobs_M=torch.log(torch.tensor([0.6, 0.3, 0.9, 0.9], dtype=torch.float64)))
+    pairs = [
+        [(0.6, 5 / 8), (0.3, 2 / 8), (0.1, 1 / 8)],
+        [(0.9, 3 / 8), (0.1, 5 / 8)],
+        [(0.9, 1 / 2), (0.1, 1 / 2)],
+    ]
+    losses = [-sum(teacher * math.log(student) for teacher, student in state) for state in pairs]
+    options = DistillConfig.model_validate({"preset": preset, "reduction": "token"})
+    algorithm = resolve_algorithm("kd")(options, [0])
+    z_SV = LOGITS.clone().requires_grad_()
+    output = algorithm.loss(DenseHead(z_SV), sets, trajectories(), StepContext(6, 4))
+    assert output.loss.item() == pytest.approx(sum(losses) / 6)
+    # The gradient of a KL at each logit: the student's mass minus the teacher's, spread over the bucket by the student.
+    output.loss.backward()
+    assert z_SV.grad is not None
+    assert z_SV.grad[0].tolist() == pytest.approx([(1 / 8 - 0.1) / 6, (2 / 8 - 0.3) / 6, (5 / 8 - 0.6) / 6])
+    # Ids 1 and 2 share the bucket: student 1/8 and 4/8 of 5/8, teacher .1.
+    assert z_SV.grad[1].tolist() == pytest.approx([(3 / 8 - 0.9) / 6, (1 / 8 - 0.1 / 5) / 6, (4 / 8 - 0.1 * 4 / 5) / 6])
+    algorithm = resolve_algorithm("kd")(options.model_copy(update={"reduction": "sequence"}), [0])
+    output = algorithm.loss(DenseHead(LOGITS), sets, trajectories(), StepContext(6, 4))
+    assert float(output.loss) == pytest.approx(((losses[0] + losses[1]) / 2 + losses[2]) / 4)
+
+
+def test_kd_needs_a_mask() -> None:
+    """At p = 1 no store has the teacher's distribution."""
+    with pytest.raises(ConfigError, match="top_p below 1"):
+        resolve_algorithm("kd").needs_of(DistillConfig(preset="paper", top_p=1.0))
+
+
 def test_needs() -> None:
     """What a run prepares: gold or teacher rollouts, sets, log-probabilities, the constant."""
-    needs = {name: resolve_algorithm(name).needs_of(DistillConfig()) for name in ("sft", "seqkd", "bd")}
+    needs = {name: resolve_algorithm(name).needs_of(DistillConfig()) for name in ("sft", "seqkd", "kd", "bd")}
     assert needs == {
         "sft": Needs("gold"),
         "seqkd": Needs("teacher"),
+        "kd": Needs("teacher", candidate_sets=True, candidate_logprobs=True),
         "bd": Needs("teacher", candidate_sets=True, candidate_logprobs=True, shift_constant=True),
     }
     paper = DistillConfig(preset="paper")
@@ -89,6 +153,4 @@ def test_bd_refuses_what_cannot_work() -> None:
     with pytest.raises(ConfigError, match="constant"):
         algorithm(DistillConfig(), [0])
     with pytest.raises(ValueError, match="no candidate sets"):
-        algorithm(DistillConfig(preset="paper"), [0]).loss(
-            DenseHead(LOGITS), None, trajectories(), num_tokens=1, num_rows=1
-        )
+        algorithm(DistillConfig(preset="paper"), [0]).loss(DenseHead(LOGITS), None, trajectories(), StepContext(1, 1))

@@ -68,10 +68,11 @@ def install(folder: Path, package: str, entry_points: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "class_name"), [("bd", "BellmanDistill"), ("sft", "SupervisedFineTuning"), ("seqkd", "SequenceDistill")]
+    ("name", "class_name"),
+    [("bd", "BellmanDistill"), ("kd", "WordDistill"), ("sft", "SupervisedFineTuning"), ("seqkd", "SequenceDistill")],
 )
 def test_built_in_names(name: str, class_name: str) -> None:
-    """bd, sft and seqkd resolve in a process that imported nothing else."""
+    """bd, kd, sft and seqkd resolve in a process that imported nothing else."""
     assert resolve_algorithm(name).__name__ == class_name
 
 
@@ -100,7 +101,7 @@ def test_unknown_name_names_the_nearest() -> None:
     """A typo is answered with the name that was meant."""
     with pytest.raises(ConfigError, match='did you mean "seqkd"') as caught:
         resolve_algorithm("seq_kd")
-    assert "bd, seqkd, sft" in str(caught.value)
+    assert "bd, kd, seqkd, sft" in str(caught.value)
 
 
 def test_entry_point_of_an_installed_package(plugin: Path) -> None:

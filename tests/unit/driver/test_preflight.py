@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import openrlhf_bd.demo
@@ -141,6 +142,26 @@ def test_pretraining_text(room):
     assert not any("outside the candidate sets" in warning for warning in plan.warnings)
 
 
+def test_live_teacher(room):
+    """With kd_ratio the plan says how much memory the teacher takes in every rank, also where its data is not made."""
+    argv = ["--data.pretrain_dataset", "text.jsonl", "--algo.distill.kd_ratio", "0.5"]
+    plan = preflight(config_of("--algo.distill.name", "sft", "--teacher.dtype", "bfloat16", *argv))
+    # Hidden 64: two embeddings 640*64; queries 64*64+64, keys and values 32*64+32 each, output 64*64, feed-forward
+    # 3*64*32, norms 2*64; the last norm 64: 81,920 + 18,688 + 64 = 100,672 numbers of 2 bytes.
+    (note,) = plan.notes
+    assert note == "each student rank also holds the whole teacher, 201 kB (--algo.distill.kd_ratio 0.5)"
+
+
+def test_slow_copies_are_noted(room):
+    """A target network is named with its size; under ZeRO-3 the ranks share it."""
+    target = ["--algo.distill.next_value_gradient", "target"]
+    (note,) = preflight(config_of(*target)).notes
+    assert note.startswith("each student rank also holds a slow copy of the trained weights in fp32, ")
+    assert note.endswith("(--algo.distill.next_value_gradient target)")
+    (note,) = preflight(config_of(*target, "--ds.zero_stage", "3")).notes
+    assert note.startswith("the student ranks together hold")
+
+
 def test_padded_vocabulary(room):
     """A teacher with a longer vocabulary of the same tokenizer is fine, and noted."""
     shutil.rmtree("teacher")
@@ -197,6 +218,10 @@ def small_vocabulary():
     save_model("student", vocab_size=100)
 
 
+def teacher_of_another_family():
+    replace("teacher/config.json", '"model_type": "qwen2"', '"model_type": "gemma2"')
+
+
 def other_family():
     from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -237,7 +262,7 @@ BAD_INPUT = {
         [],
         ["student", "configuration cannot be read", "qwen99"],
     ),
-    "family that cannot be a student": (other_family, [], ["gpt_neox cannot be students", "qwen2"]),
+    "family that cannot be a student": (other_family, [], ["'gpt_neox' is not supported", "qwen2"]),
     "no tokenizer": (
         lambda: [Path(f"student/{name}").unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
         [],
@@ -290,12 +315,63 @@ BAD_INPUT = {
         ["--ckpt.best_metric_key is 'bleu'", "rouge_l", "accuracy needs --eval.checker"],
     ),
     "unknown schedule": (nothing, ["--actor.lr_scheduler", "cosin"], ["--actor.lr_scheduler is 'cosin'", "cosine"]),
+    "schedule without its metric": (
+        nothing,
+        ["--actor.lr_scheduler", "reduce_lr_on_plateau"],
+        ["--actor.lr_scheduler is 'reduce_lr_on_plateau'", "expected one of linear"],
+    ),
+    "unknown target module": (
+        nothing,
+        ["--ds.lora.rank", "4", "--ds.lora.target_modules", "q_proj", "c_attn"],
+        ["--ds.lora.target_modules c_attn", "student (qwen2)", "all-linear", "down_proj, gate_proj"],
+    ),
+    "adapter of the output head": (
+        nothing,
+        ["--ds.lora.rank", "4", "--ds.lora.target_modules", "lm_head"],
+        ["--ds.lora.target_modules lm_head", "the output head get none"],
+    ),
+    "Muon clipped": (nothing, ["--actor.optim", "muon"], ["--actor.max_norm 1", "use --actor.max_norm 0"]),
+    "Muon without ZeRO": (
+        nothing,
+        ["--actor.optim", "muon", "--actor.max_norm", "0", "--ds.zero_stage", "3"],
+        ["--ds.zero_stage 3", "use --ds.zero_stage 1 or 2"],
+    ),
+    "Muon offloaded": (
+        nothing,
+        ["--actor.optim", "muon", "--actor.max_norm", "0", "--ds.adam_offload"],
+        ["--ds.adam_offload"],
+    ),
+    "Muon scaled": (
+        nothing,
+        ["--actor.optim", "muon", "--actor.max_norm", "0", "--ds.param_dtype", "fp16"],
+        ["--ds.param_dtype fp16", "loss scale"],
+    ),
     "flash attention": (nothing, ["--ds.attn_implementation", "flash_attention_9"], ["flash_attention_9"]),
     "diverging pair": (nothing, ["--ds.zero_stage", "0", "--ds.param_dtype", "bf16"], ["--ds.zero_stage 0", "bf16"]),
     "fewer rows than ranks": (
         nothing,
         ["--train.batch_size", "1"],
         ["--train.batch_size 1", "2 student ranks", "--actor.num_gpus_per_node 2"],
+    ),
+    "live teacher without a teacher": (
+        nothing,
+        ["--algo.distill.name", "sft", "--teacher.model_name_or_path", "none", "--algo.distill.kd_ratio", "0.5"],
+        ["--algo.distill.kd_ratio 0.5", "--teacher.model_name_or_path is not given"],
+    ),
+    "live teacher without text": (
+        nothing,
+        ["--algo.distill.kd_ratio", "0.5"],
+        ["--algo.distill.kd_ratio 0.5", "--data.pretrain_dataset"],
+    ),
+    "live teacher of another family": (
+        teacher_of_another_family,
+        ["--algo.distill.kd_ratio", "0.5", "--data.pretrain_dataset", "text.jsonl"],
+        ["type gemma2", "--teacher.model_name_or_path teacher", "--algo.distill.kd_ratio 0"],
+    ),
+    "live teacher with another tokenizer": (
+        another_tokenizer,
+        ["--algo.distill.name", "sft", "--algo.distill.kd_ratio", "0.5", "--data.pretrain_dataset", "text.jsonl"],
+        ["tokenizers of teacher teacher and student student differ"],
     ),
     "no room for a response": (
         nothing,
@@ -378,3 +454,31 @@ def test_tokenizer_differences():
         f"{len(first)} and {len(first) + 1} tokens",
         "the end of sequence is '<|endoftext|>' and 'extra'",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Liger's kernels can run here")
+def test_liger_needs_cuda(room):
+    """--ds.use_liger_kernel on a machine without CUDA is refused before an actor starts."""
+    with pytest.raises(ConfigError, match=r"--ds\.use_liger_kernel: its kernels need CUDA.*leave the option away"):
+        preflight(config_of("--ds.use_liger_kernel"))
+
+
+def test_muon_decays_norms_too(room):
+    """Weight decay with Muon is allowed, and a warning says what else it does."""
+    plan = preflight(config_of("--actor.optim", "muon", "--actor.max_norm", "0", "--actor.adam.weight_decay", "0.1"))
+    assert any("biases and norms decay too" in warning for warning in plan.warnings)
+
+
+def test_disk_space_of_checkpoints(room):
+    """A checkpoint takes the weights, Adam's states and each average; with adapters the weights alone."""
+    often = ("--ckpt.save_steps", "1", "--ckpt.max_num", "1", "--eval.dataset", "none")
+    plain, ema, lora = (
+        preflight(config_of(*often, *extra), stages=["train"]).disk_bytes
+        for extra in ((), ("--train.enable_ema",), ("--train.enable_ema", "--ds.lora.rank", "4"))
+    )
+    # The student has 47,264 numbers of 4 bytes: two copies of it, and a second checkpoint before the first one goes.
+    # Adam keeps 12 bytes for each trained number, an average 4.
+    numbers = 47_264
+    assert plain == numbers * (2 * 4 + 2 * (4 + 12))
+    assert ema == numbers * (2 * 4 + 2 * (4 + 12 + 4))
+    assert lora == numbers * (2 * 4 + 2 * 4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.metrics import truncate_metrics
+from openrlhf_bd.driver.metrics import Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.training import Snapshots, num_steps
 
 
@@ -32,6 +32,23 @@ def test_metrics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval/x": 1}\n{"step": 3}\n', encoding="utf-8")
     truncate_metrics(path, after_step=2)
     assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval/x": 1}\n'
+
+
+def test_wall_clock_leaves_pauses_out() -> None:
+    """A lap runs from step to step; a validation in between does not count."""
+    times = iter([10.0, 13.0, 14.0, 20.0, 21.5])
+    watch = Stopwatch(lambda: next(times))  # starts at 10
+    assert watch.lap() == 3.0
+    with watch.paused():  # 14 to 20
+        pass
+    assert watch.lap() == 2.5  # 21.5 - 13 - 6
+
+
+def test_wall_clock_rates() -> None:
+    """Rates by the wall clock are those of computing times the share of time that is computing."""
+    metrics = {"time_forward_backward_s": 1.5, "time_optimizer_s": 0.5, "tokens_per_s": 100.0, "mfu": 0.4}
+    # 2 of 5 seconds compute
+    assert wall_clock_rates(metrics, 5.0) == pytest.approx({"tokens_per_s_wall": 40.0, "mfu_wall": 0.16})
 
 
 def test_no_metrics_yet(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_bd.config import Config
+from openrlhf_bd.config import PRESETS, Config
 from openrlhf_bd.evaluation.reading import how_to_read, preset_changes
 from openrlhf_bd.evaluation.report import main_tables
 from openrlhf_bd.evaluation.run_data import RunData
@@ -19,7 +19,7 @@ def remarks(runs: list[RunData]) -> dict[str, str]:
     return dict(how_to_read(runs, main_tables(runs, ())))
 
 
-@pytest.mark.parametrize("preset", ["paper", "robust"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_as_it_is_has_no_changes(preset: str):
     """A run with the preset's own values is called the preset."""
     run = run_with("a", preset=preset)

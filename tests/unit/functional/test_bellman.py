@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from openrlhf_bd.config import BellmanOptions, DistillConfig
+from openrlhf_bd.config import BellmanOptions
 from openrlhf_bd.errors import ConfigError
-from openrlhf_bd.functional.bellman import bellman_loss_from_logits, tail_cross_entropy, validate_options
+from openrlhf_bd.functional.bellman import bellman_loss, bellman_loss_from_logits, td_scale_at
 from openrlhf_bd.functional.candidates import CandidateSets, top_p_candidates
-from openrlhf_bd.functional.head import DenseHead
+from openrlhf_bd.functional.head import DenseHead, HeadStatistics
+from openrlhf_bd.functional.metrics import mean_metrics
+from openrlhf_bd.functional.segments import segment_logsumexp
 from openrlhf_bd.functional.trajectories import Trajectories
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -81,9 +84,6 @@ def test_expected_linear_term_of_known_numbers() -> None:
 
 def test_tail_of_known_numbers() -> None:
     """-P log P_theta - (1 - P) log(1 - P_theta), times its coefficient, at every state with an action."""
-    assert tail_cross_entropy(DenseHead(LOGITS).at_candidates(SETS), DenseHead(LOGITS), SETS).tolist() == pytest.approx(
-        TAIL, abs=1e-15
-    )
     chosen = options(tail_coef=3.0, regulariser="none")
     assert loss_of(chosen) == pytest.approx((sum(LINEAR) + 3 * sum(TAIL)) / 2, abs=1e-15)
 
@@ -137,6 +137,30 @@ def test_p_of_one_is_iq_learn(make_batch: Callable) -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-13)
 
 
+def chi_squared(batch: Any, next_SV: Tensor, chosen: BellmanOptions, *, shift_constant: float) -> Tensor:
+    """sum r^2 / (4 alpha) where a next state exists, Q from the batch's logits and V' from others, one by one."""
+
+    def shifted(z_SV: Tensor, s: int, ids: Tensor) -> Tensor:
+        shift = {
+            "constant": shift_constant,
+            "max": z_SV[s].max(),
+            "topp_max": z_SV[s, ids].max(),
+            "logsumexp": z_SV[s].logsumexp(0),
+        }[chosen.q_shift]
+        return z_SV[s, ids] - shift
+
+    total = next_SV.new_zeros(())
+    for s, (taken, following) in enumerate(
+        zip(batch.trajectories.taken_S.tolist(), batch.trajectories.next_S.tolist(), strict=True)
+    ):
+        ids, after = (batch.sets.ids_M[batch.sets.state_M == state] for state in (s, following))
+        if following >= 0 and taken in ids.tolist():
+            q = shifted(batch.logits_SV, s, ids)[ids.tolist().index(taken)]
+            reward = q - chosen.gamma * shifted(next_SV, following, after).logsumexp(0)
+            total = total + reward**2 / (4 * chosen.alpha)
+    return total
+
+
 @pytest.mark.parametrize("q_shift", ["constant", "max", "max_detached", "topp_max", "logsumexp"])
 def test_linear_part_is_the_projected_log_likelihood(make_batch: Callable, q_shift: str) -> None:
     """-Q(a) + V = -log pibar(a), pointwise and for any shift, pibar by renormalised softmax."""
@@ -182,10 +206,12 @@ def test_expected_is_the_conditional_mean_of_sampled(make_batch: Callable) -> No
 
 
 def test_expected_with_tail_is_the_coarsened_cross_entropy(make_batch: Callable, exact: Callable) -> None:
-    """P E[-log pibar] + tail = cross-entropy of {each candidate, everything else}; at p = 1 the full one."""
+    """P E[-log pibar] + tail = cross-entropy of {each candidate, everything else}; of all ids, the full one."""
     batch = make_batch([(5, "length")], seed=7)
     chosen = options(linear_term="expected", regulariser="none", tail_coef=1.0)
-    for sets in (batch.sets, exact(batch.teacher_SV, top_p_candidates(batch.teacher_SV, top_p=1.0))):
+    all_ids = exact(batch.teacher_SV, top_p_candidates(batch.teacher_SV, top_p=0.5, always_include=range(7)))
+    assert all_ids.num_candidates == batch.teacher_SV.numel()
+    for sets in (batch.sets, all_ids):
         loss = bellman_loss_from_logits(
             batch.logits_SV, sets, batch.trajectories, chosen, num_tokens=1, num_rows=1
         ).loss
@@ -205,7 +231,15 @@ def test_tail_holds_a_student_far_too_sure_in_float32() -> None:
     z = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
     sets = CandidateSets(torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([-math.log(0.9)]), None)
     head = DenseHead(z)
-    tail = tail_cross_entropy(head.at_candidates(sets), head, sets)
+    tail = head.tail(
+        sets,
+        segment_logsumexp(head.at_candidates(sets), sets.state_M, 1),
+        torch.ones(1),
+        estimator="exact",
+        num_samples=1,
+        tolerance=0.0,
+        generator=None,
+    ).sum
     # -.9 log P_theta is 0 and log(1 - P_theta) = log 2 - 60.
     assert float(tail.detach()) == pytest.approx(0.1 * (60 - LOG2), rel=1e-6)
     tail.backward()
@@ -219,35 +253,98 @@ def test_constant_shift_must_be_given() -> None:
         loss_of(BellmanOptions())
 
 
-@pytest.mark.parametrize(
-    ("values", "match"),
-    [
-        ({"q_shift": "none", "terminal": "zero"}, "never to stop"),
-        ({"out_of_set": "clip", "q_min": None}, "q_min"),
-    ],
-)
-def test_contradictions_are_refused(values: dict[str, object], match: str) -> None:
-    """Pairs of options that cannot mean what they say are errors that name them."""
-    with pytest.raises(ConfigError, match=match):
-        validate_options(options(**values))
-    with pytest.raises(ConfigError, match=match):
-        loss_of(options(**values))
-
-
-def test_options_are_checked_against_the_run() -> None:
-    """expected without log-probabilities, constant without its constant: errors; both presets are fine."""
-    with pytest.raises(ConfigError, match="record_logprobs"):
-        validate_options(options(linear_term="expected"), has_logprobs=False)
-    with pytest.raises(ConfigError, match="constant"):
-        validate_options(options(q_shift="constant"), has_shift_constant=False)
-    validate_options(DistillConfig(), has_logprobs=True, has_shift_constant=True)
-    validate_options(DistillConfig(preset="paper"), has_logprobs=False, has_shift_constant=False)
-    validate_options(options(q_shift="none", terminal="zero", regulariser="none"))
-
-
 def test_mismatched_inputs_are_refused() -> None:
     """Different numbers of states, or a count that is not positive, are errors."""
     with pytest.raises(ValueError, match="numbers of states differ"):
         bellman_loss_from_logits(LOGITS[:1], SETS, ROW, options(), num_tokens=2, num_rows=1)
     with pytest.raises(ValueError, match="must be positive"):
         loss_of(options(), num_tokens=0)
+    with pytest.raises(ConfigError, match=r"top_p is 0\.95"):
+        bellman_loss_from_logits(LOGITS, CandidateSets.whole(2), ROW, options(), num_tokens=2, num_rows=1)
+
+
+def test_warm_up_scales_the_regulariser_alone() -> None:
+    """td_scale w: linear + w r^2 / 2, and the metric td_loss is the scaled one; the tail keeps its weight."""
+    reward = LOG3 - LOG2
+    for scale in (0.0, 0.25, 1.0):
+        chosen = options(tail_coef=1.0)
+        expected = (sum(LINEAR) + scale * reward**2 / 2 + sum(TAIL)) / 2
+        assert loss_of(chosen, td_scale=scale) == pytest.approx(expected, abs=1e-15)
+    terms = bellman_loss_from_logits(LOGITS, SETS, ROW, options(), num_tokens=2, num_rows=1, td_scale=0.25)
+    assert mean_metrics(terms.metrics)["td_loss"] == pytest.approx(0.25 * reward**2 / 2 / 2)
+
+
+def test_warm_up_is_linear_in_the_step() -> None:
+    """Over 4 steps: 1/4, 2/4, 3/4, 1, and 1 from then on; without a warm-up 1 at once."""
+    chosen = options(td_warmup_steps=4)
+    assert [td_scale_at(step, chosen) for step in range(1, 7)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert td_scale_at(1, options()) == 1.0
+
+
+@pytest.mark.parametrize("q_shift", ["constant", "max", "topp_max", "logsumexp"])
+def test_next_values_of_a_target_network(make_batch: Callable, q_shift: str) -> None:
+    """`target`: V' is the slow copy's, under the same shift rule, without gradient; all else is the student's."""
+    batch = make_batch([(4, "stop"), (3, "length")], seed=8)
+    z_SV, slow_SV = batch.logits_SV.clone().requires_grad_(), batch.logits_SV.flip(0).requires_grad_()
+    given = {"shift_constant": 0.4, **batch.counts}
+    target, stop = (options(q_shift=q_shift, gamma=0.9, next_value_gradient=mode) for mode in ("target", "stop"))
+    loss = bellman_loss_from_logits(
+        z_SV, batch.sets, batch.trajectories, target, target_logits_SV=slow_SV, **given
+    ).loss
+    loss.backward()
+    assert slow_SV.grad is None
+    # The linear part is that of `stop`; the rewards are worked out state by state.
+    plain = bellman_loss_from_logits(batch.logits_SV, batch.sets, batch.trajectories, stop, **given).loss
+    penalties = [chi_squared(batch, z.detach(), stop, shift_constant=0.4) for z in (slow_SV, batch.logits_SV)]
+    expected = plain + (penalties[0] - penalties[1]) / batch.counts["num_tokens"]
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_student_as_its_own_target_is_stop_gradient(make_batch: Callable) -> None:
+    """A target network equal to the student gives loss and gradient of `stop`."""
+    batch = make_batch([(4, "stop"), (3, "length")], seed=9)
+    results = []
+    for mode, target in (("target", batch.logits_SV), ("stop", None)):
+        z_SV = batch.logits_SV.clone().requires_grad_()
+        chosen = options(q_shift="max", terminal="absorbing", next_value_gradient=mode)
+        terms = bellman_loss_from_logits(
+            z_SV, batch.sets, batch.trajectories, chosen, target_logits_SV=target, **batch.counts
+        )
+        terms.loss.backward()
+        results.append((terms.loss.detach(), z_SV.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
+
+
+def test_target_network_must_be_given() -> None:
+    """Without the target's logits the option is an error, never a silent `stop`."""
+    with pytest.raises(ConfigError, match="target_head"):
+        loss_of(options(next_value_gradient="target"))
+
+
+def test_metrics_of_the_vocabulary_only_where_they_are_free(make_batch: Callable) -> None:
+    """A head whose statistics cost a pass of their own is asked for them only with full_diagnostics."""
+    batch = make_batch([(4, "stop")], seed=10)
+
+    class CountingHead(DenseHead):
+        statistics_are_free = False
+        asked = 0
+
+        def statistics(self) -> HeadStatistics:
+            CountingHead.asked += 1
+            return super().statistics()
+
+    names = []
+    for full in (False, True):
+        terms = bellman_loss(
+            CountingHead(batch.logits_SV),
+            batch.sets,
+            batch.trajectories,
+            options(),
+            full_diagnostics=full,
+            **batch.counts,
+        )
+        names.append(set(terms.metrics))
+        assert CountingHead.asked == int(full)
+    of_vocabulary = {"logsumexp", "logsumexp_second_moment", "student_mass", "entropy", "top1_overlap", "nll"}
+    assert names[1] - names[0] == of_vocabulary

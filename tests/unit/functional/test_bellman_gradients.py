@@ -117,6 +117,25 @@ def test_gradient_is_the_closed_form(make_batch: Callable, q_shift: str) -> None
         torch.testing.assert_close(z_SV.grad, closed_form(batch, chosen), rtol=1e-9, atol=1e-12)
 
 
+def test_closed_form_agrees_with_finite_differences(make_batch: Callable) -> None:
+    """400 random micro-batches and options: the closed form along a random direction is the central difference."""
+    names = ("q_shift", "linear_term", "q_min", "next_value_gradient", "terminal")
+    # Where a gradient is stopped, the formula is not the derivative of the loss as a whole.
+    whole = [case for case in CASES if case[0] != "max_detached" and case[3] == "full"]
+    cases = [case for case in whole if (case[0], case[4]) != ("none", "zero")]
+    worst, step = 0.0, 1e-5
+    for seed in range(400):
+        case = cases[seed % len(cases)]
+        chosen = options(**dict(zip(names, case, strict=True)), alpha=0.1 + seed % 7, gamma=(seed % 11) / 10)
+        batch = make_batch(ROWS, seed=1000 + seed, vocab_size=5 + seed % 4)
+        direction_SV = torch.randn(batch.logits_SV.shape, dtype=torch.float64, generator=torch.manual_seed(seed))
+        with torch.no_grad():
+            up, down = (loss(batch.logits_SV + sign * step * direction_SV, batch, chosen) for sign in (1, -1))
+        along = float((closed_form(batch, chosen) * direction_SV).sum())
+        worst = max(worst, abs(along - float(up - down) / (2 * step)) / max(1.0, abs(along)))
+    assert worst < 2e-8
+
+
 VARIANTS = [
     {"q_shift": "max", "linear_term": "sampled"},
     {"q_shift": "topp_max", "tail_coef": 0.7},

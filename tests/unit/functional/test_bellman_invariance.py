@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 from openrlhf_bd.config import BellmanOptions, DistillConfig
+from openrlhf_bd.functional import sparse_head, streaming
 from openrlhf_bd.functional.bellman import BellmanTerms, bellman_loss, bellman_loss_from_logits
 from openrlhf_bd.functional.candidates import CandidateSets
-from openrlhf_bd.functional.head import DenseHead, HeadStatistics
+from openrlhf_bd.functional.head import DenseHead
 from openrlhf_bd.functional.metrics import mean_metrics, merge_metrics
+from openrlhf_bd.functional.sparse_head import SparseHead
 from openrlhf_bd.functional.trajectories import Trajectories
 
 INF = float("inf")
 ROWS = [(4, "stop"), (3, "length"), (1, "stop"), (6, "length"), (2, "stop")]
-PRESETS = [DistillConfig(), DistillConfig(preset="paper"), DistillConfig(reduction="sequence", q_shift="logsumexp")]
+PRESETS = [
+    DistillConfig(),
+    DistillConfig(preset="paper"),
+    DistillConfig(preset="released"),
+    DistillConfig(reduction="sequence", q_shift="logsumexp"),
+]
 SHIFT = 1.25
 
 
@@ -140,59 +147,123 @@ def test_pad_equal_to_eos_keeps_the_last_action(make_batch: Callable) -> None:
     torch.testing.assert_close(moved.loss, terms.loss, rtol=1e-14, atol=0)
 
 
-class CandidateRowsHead:
-    """StudentHead that makes logits only for the ids it is asked for: hidden_SH @ weight_VH[ids]."""
+def through_both_heads(
+    make_batch: Callable, chosen: BellmanOptions, *, bias: bool, full_diagnostics: bool = True, seed: int = 25
+) -> list[tuple[Tensor, list[Tensor], dict[str, float]]]:
+    """Loss, gradients of hidden states, output embedding and bias, and metrics: sparse, then dense."""
+    always = [] if chosen.top_p == 1 else [0]
+    batch = make_batch(ROWS, seed=seed, vocab_size=30, top_p=chosen.top_p, always_include=always)
+    results = []
+    for sparse in (True, False):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(len(batch.logits_SV), 6), (30, 6), (30,)][: 3 if bias else 2]
+        parameters = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+        slow_SH = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
+        heads = []
+        for hidden_SH in (parameters[0], slow_SH):
+            weights = parameters[1:] if hidden_SH is parameters[0] else [p.detach() for p in parameters[1:]]
+            heads.append(
+                SparseHead(hidden_SH, *weights)
+                if sparse
+                else DenseHead(hidden_SH @ weights[0].T + (weights[1] if bias else 0.0))
+            )
+        terms = bellman_loss(
+            heads[0],
+            batch.sets,
+            batch.trajectories,
+            chosen,
+            shift_constant=SHIFT,
+            stop_ids=[0],
+            target_head=heads[1],
+            generator=torch.Generator().manual_seed(1),
+            full_diagnostics=full_diagnostics,
+            **batch.counts,
+        )
+        terms.loss.backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        results.append((terms.loss.detach(), gradients, mean_metrics(terms.metrics)))
+    return results
 
-    def __init__(self, hidden_SH: Tensor, weight_VH: Tensor) -> None:
-        self.hidden_SH, self.weight_VH = hidden_SH, weight_VH
-        self.num_states, self.device = len(hidden_SH), hidden_SH.device
 
-    def tempered(self, tau: float) -> "CandidateRowsHead":
-        return CandidateRowsHead(self.hidden_SH / tau, self.weight_VH)
+ALPHA = {"alpha": 0.3, "tau": 0.8, "gamma": 0.9}
+BOTH_HEADS = [
+    *({"q_shift": shift, "linear_term": linear, "tail_coef": tail, "q_min": q_min, "top_p": 0.8, **ALPHA}
+      for shift in ("constant", "max", "max_detached", "topp_max", "logsumexp")
+      for linear, tail, q_min in (("sampled", 0.0, -3.0), ("expected", 1.0, None))),
+    {"preset": "robust"},
+    {"preset": "robust", "tail_estimator": "sampled", "tail_samples": 9},
+    {"preset": "robust", "tail_tolerance": 0.05},
+    {"preset": "robust", "next_value_gradient": "target"},
+    {"preset": "paper"},
+    {"preset": "released", "tail_coef": 0.5},
+    *({"q_shift": shift, "linear_term": "sampled", "top_p": 1.0, "q_min": q_min, **ALPHA}
+      for shift in ("constant", "max", "logsumexp")
+      for q_min in (None, -2.0)),
+    {"q_shift": "max", "linear_term": "sampled", "top_p": 1.0, "next_value_gradient": "target"},
+]  # fmt: skip
 
-    def at_candidates(self, sets: CandidateSets) -> Tensor:
-        return (self.hidden_SH[sets.state_M] * self.weight_VH[sets.ids_M]).sum(dim=1)
 
-    def at(self, token_S: Tensor) -> Tensor:
-        logit_S = (self.hidden_SH * self.weight_VH[token_S.clamp(min=0)]).sum(dim=1)
-        return torch.where(token_S >= 0, logit_S, 0.0)
-
-    def logsumexp(self) -> Tensor:
-        raise AssertionError("this loss needs no partition function")
-
-    def logsumexp_outside(self, sets: CandidateSets) -> Tensor:
-        raise AssertionError("this loss needs no partition function")
-
-    def maximum(self) -> Tensor:
-        raise AssertionError("this loss needs no maximum")
-
-    def log_prob(self, token_S: Tensor) -> Tensor:
-        raise AssertionError("this loss needs no partition function")
-
-    def statistics(self) -> HeadStatistics:
-        return DenseHead(self.hidden_SH.detach() @ self.weight_VH.detach().T).statistics()
+@pytest.mark.parametrize("values", BOTH_HEADS)
+def test_sparse_head_equals_dense_head(make_batch: Callable, values: dict[str, Any]) -> None:
+    """From hidden states and output embedding come the dense loss, gradients and metrics, whatever the options."""
+    sparse, dense = through_both_heads(make_batch, DistillConfig.model_validate(values), bias=len(values) % 2 == 0)
+    torch.testing.assert_close(sparse[0], dense[0], rtol=1e-11, atol=1e-13)
+    assert len(sparse[1]) == len(dense[1])
+    for ours, theirs in zip(sparse[1], dense[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert sparse[2] == pytest.approx(dense[2], rel=1e-9)
 
 
 @pytest.mark.parametrize("q_shift", ["constant", "topp_max"])
 @pytest.mark.parametrize("linear_term", ["sampled", "expected"])
-def test_sparse_head_equals_dense_head(make_batch: Callable, q_shift: str, linear_term: str) -> None:
-    """A head that computes candidates' logits alone gives the dense loss, gradients and metrics."""
-    batch = make_batch(ROWS, seed=25, vocab_size=30)
-    chosen = BellmanOptions.model_validate(
-        {"q_shift": q_shift, "linear_term": linear_term, "alpha": 0.3, "tail_coef": 0.0, "tau": 0.8, "q_min": -3.0}
-    )
-    results = []
-    for sparse in (True, False):
-        generator = torch.Generator().manual_seed(5)
-        hidden_SH = torch.randn(len(batch.logits_SV), 6, dtype=torch.float64, generator=generator).requires_grad_()
-        weight_VH = torch.randn(30, 6, dtype=torch.float64, generator=generator).requires_grad_()
-        head = CandidateRowsHead(hidden_SH, weight_VH) if sparse else DenseHead(hidden_SH @ weight_VH.T)
-        terms = bellman_loss(head, batch.sets, batch.trajectories, chosen, shift_constant=SHIFT, **batch.counts)
+def test_only_the_sets_are_read(
+    make_batch: Callable, monkeypatch: pytest.MonkeyPatch, q_shift: str, linear_term: str
+) -> None:
+    """Without a tail, and with a shift that the sets give, no pass over the vocabulary is made."""
+
+    def walk(*_: object) -> None:
+        raise AssertionError("a pass over the vocabulary")
+
+    monkeypatch.setattr(SparseHead, "_walk", walk)
+    chosen = DistillConfig.model_validate({"q_shift": q_shift, "linear_term": linear_term, "tail_coef": 0.0, **ALPHA})
+    sparse, dense = through_both_heads(make_batch, chosen, bias=True, full_diagnostics=False)
+    torch.testing.assert_close(sparse[0], dense[0], rtol=1e-11, atol=1e-13)
+    assert "entropy" not in sparse[2]
+
+
+@pytest.mark.parametrize("preset", ["robust", "paper", "released"])
+def test_micro_batch_without_rollouts_gives_nothing(preset: str) -> None:
+    """No state: a loss of 0 whose gradient reaches every parameter, since all ranks meet in the backward pass."""
+    ids = torch.zeros(0, dtype=torch.int64)
+    sets = CandidateSets(ids, torch.zeros(1, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
+    nothing = Trajectories(ids, ids, ids.bool(), ids)
+    hidden_SH, weight_VH = torch.zeros(0, 4, requires_grad=True), torch.ones(9, 4, requires_grad=True)
+    for head in (SparseHead(hidden_SH, weight_VH), DenseHead(hidden_SH @ weight_VH.T)):
+        weight_VH.grad = None
+        terms = bellman_loss(
+            head, sets, nothing, DistillConfig(preset=preset), num_tokens=5, num_rows=2, shift_constant=0.0
+        )
         terms.loss.backward()
-        results.append((terms.loss.detach(), hidden_SH.grad, weight_VH.grad, mean_metrics(terms.metrics)))
-    for ours, theirs in zip(results[0][:3], results[1][:3], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
-    assert results[0][3] == pytest.approx(results[1][3])
+        assert terms.loss.item() == 0.0
+        assert weight_VH.grad is not None
+        assert not weight_VH.grad.any()
+
+
+def test_one_pass_gives_the_tail_and_the_shift(make_batch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tail, the maximum or log-sum-exp of the shift and all metrics come from its pass over the vocabulary."""
+    walked: list[int] = []
+    make = streaming.walk_moments
+
+    def counting(walk: Any, **options: Any) -> Any:
+        walked.append(len(walk.states_R))
+        return make(walk, **options)
+
+    monkeypatch.setattr(sparse_head, "walk_moments", counting)
+    for q_shift in ("max", "logsumexp"):
+        walked.clear()
+        through_both_heads(make_batch, DistillConfig(q_shift=q_shift), bias=False)
+        # 16 states with an action for the tail; then only the two that follow cut responses.
+        assert walked == [16, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -67,7 +67,7 @@ def test_flat_distribution(vocab_size: int) -> None:
     assert ids_of(sets, 1) == list(range(math.ceil(0.75 * vocab_size)))
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.95, 0.999])
 def test_sets_agree_with_brute_force(top_p: float) -> None:
     """2,500 random rows a p, peaked to flat, half of them full of ties: every set as by float64 brute force."""
     rng = np.random.default_rng(int(1000 * top_p))
@@ -105,12 +105,36 @@ def test_always_included_ids_follow_by_descending_probability() -> None:
     torch.testing.assert_close(sets.neg_log_mass_S, torch.tensor([-math.log(0.7)]))
 
 
-def test_p_of_one_takes_every_token() -> None:
-    """p = 1 is no mask: all V tokens, those of probability 0 included, with mass exactly 1."""
+def test_p_of_one_is_a_flag() -> None:
+    """p = 1 is no mask: every set is the whole vocabulary with mass 1, and no id is listed."""
     sets = top_p_candidates(torch.tensor([[0.0, -INF, 2.0], [0.0, 0.0, 0.0]]), top_p=1.0, always_include=[1])
-    assert ids_of(sets, 0) == [2, 0, 1]
-    assert ids_of(sets, 1) == [0, 1, 2]
+    assert sets.is_whole
+    assert (sets.num_states, sets.num_candidates) == (2, 0)
+    assert sets.sizes_S.tolist() == [0, 0]
     assert sets.neg_log_mass_S.tolist() == [0.0, 0.0]
+    assert sets.logprobs_M is None
+    assert sets.to("cpu").is_whole
+    assert restrict_top_p(sets, top_p=1.0) is sets
+    with pytest.raises(ValueError, match=r"cannot be cut to top_p 0\.5"):
+        restrict_top_p(sets, top_p=0.5)
+    assert not top_p_candidates(torch.zeros(2, 3), top_p=0.999).is_whole
+
+
+def test_p_of_one_refuses_bad_logits_too() -> None:
+    """A row of NaN or of -inf alone is an error at every p."""
+    with pytest.raises(ValueError, match="row 1"):
+        top_p_candidates(torch.tensor([[0.0, 1.0], [-INF, -INF]]), top_p=1.0)
+
+
+def test_recorded_sets_of_p_of_one() -> None:
+    """Rows whose sets are whole become whole sets of all their states; a mixture is an error."""
+    whole = [RecordedSets.whole(2), RecordedSets.whole(3)]
+    sets = CandidateSets.from_recorded(whole)
+    assert sets.is_whole
+    assert sets.num_states == 5
+    one = RecordedSets(np.array([4], np.int32), np.array([0, 1]), np.zeros(1, np.float32), None)
+    with pytest.raises(ValueError, match="1 of 2 rows have sets of p = 1"):
+        CandidateSets.from_recorded([whole[0], one])
 
 
 def test_half_precision_and_float64_logits() -> None:

@@ -6,7 +6,7 @@ import torch
 from openrlhf_bd.config import BellmanOptions
 from openrlhf_bd.functional.bellman import bellman_loss_from_logits
 from openrlhf_bd.functional.candidates import CandidateSets
-from openrlhf_bd.functional.metrics import mean_metrics, merge_metrics
+from openrlhf_bd.functional.metrics import at_most, mean_metrics, merge_metrics
 from openrlhf_bd.functional.trajectories import Trajectories
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -72,6 +72,8 @@ def test_metrics_of_known_numbers() -> None:
     assert metrics["student_mass"] == pytest.approx((0.8 + 0.5 + 0.1) / 3)
     assert metrics["set_size"] == pytest.approx(5 / 3)
     assert metrics["one_token_sets"] == pytest.approx(1 / 3)
+    # Sizes 2, 2, 1: half and nine tenths of the sets have at most 2.
+    assert (metrics["set_size_p50"], metrics["set_size_p90"], metrics["set_size_p99"]) == (2, 2, 2)
     probabilities = [[0.2, 0.2, 0.6], [0.25, 0.25, 0.5], [0.8, 0.1, 0.1]]
     entropies = [-sum(p * math.log(p) for p in row) for row in probabilities]
     assert metrics["entropy"] == pytest.approx(sum(entropies) / 3)
@@ -105,3 +107,12 @@ def test_metrics_merge_by_sum_and_weight() -> None:
 
     merged = merge_metrics([{"a": pair(2, 1)}, {"a": pair(4, 3), "b": pair(1, 1)}])
     assert mean_metrics(merged) == {"a": 1.5, "b": 1.0}
+
+
+def test_quantiles_are_those_of_the_merged_counts() -> None:
+    """100 counts over two parts: 50 of 1, 41 of 3, 8 of 5 and one of 1,000; 91 % are at most 4, 99 % at most 8."""
+    counts = torch.tensor([1] * 50 + [3] * 41 + [5] * 8 + [1000])
+    parts = [at_most("size", part, torch.ones(len(part))) for part in (counts[:30], counts[30:])]
+    assert mean_metrics(merge_metrics(parts)) == {"size_p50": 1.0, "size_p90": 4.0, "size_p99": 8.0}
+    weighted_sizes = at_most("size", torch.tensor([1, 7]), torch.tensor([0.0, 2.0]))
+    assert mean_metrics(weighted_sizes) == {"size_p50": 8.0, "size_p90": 8.0, "size_p99": 8.0}

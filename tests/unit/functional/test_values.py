@@ -10,10 +10,11 @@ from openrlhf_bd.functional.candidates import CandidateSets
 from openrlhf_bd.functional.head import DenseHead
 from openrlhf_bd.functional.trajectories import Trajectories
 from openrlhf_bd.functional.values import (
+    ActionValues,
+    action_values,
     negative_log_policy_expected,
     projected_log_policy,
     projected_teacher,
-    q_values,
     soft_value,
     taken_candidate,
     transitions,
@@ -47,8 +48,23 @@ def options(**values: object) -> BellmanOptions:
     return BellmanOptions.model_validate({"q_shift": "max", "gamma": 0.5, **values})
 
 
+def values_of(q_M: torch.Tensor, taken_S: torch.Tensor) -> ActionValues:
+    """Values of given Q over SETS."""
+    position_S = taken_candidate(SETS, taken_S)
+    q_taken_S = torch.where(position_S >= 0, q_M[position_S.clamp(min=0)], 0.0)
+    return ActionValues(q_M, q_M < q_M, soft_value(q_M, SETS.state_M, 2), q_taken_S, position_S >= 0)
+
+
+def shifted(chosen: BellmanOptions, z_SV: torch.Tensor, *, shift_constant: float | None = None) -> ActionValues:
+    """Values of one state with logits z_SV over SHIFT_SETS."""
+    head = DenseHead(z_SV)
+    z_M = head.at_candidates(SHIFT_SETS)
+    return action_values(head, z_M, SHIFT_SETS, torch.tensor([-1]), chosen, shift_constant=shift_constant)
+
+
 def rewards(taken: list[int], *, stopped: bool = True, **values: object) -> tuple[list[float], list[bool]]:
-    steps = transitions(Q, SETS, trajectories(taken, stopped=stopped), options(**values))
+    row = trajectories(taken, stopped=stopped)
+    steps = transitions(values_of(Q, row.taken_S), row, options(**values))
     return steps.reward_S.tolist(), (steps.used_S & steps.has_next_S).tolist()
 
 
@@ -118,8 +134,9 @@ def test_values_telescope(make_batch: Callable, stopped: bool) -> None:
     batch = make_batch([(9, "stop" if stopped else "length")], seed=3)
     chosen = BellmanOptions(gamma=0.9, q_shift="max", terminal="zero")
     head = DenseHead(batch.logits_SV)
-    q_M, _ = q_values(head.at_candidates(batch.sets), head, batch.sets, chosen, shift_constant=None)
-    steps = transitions(q_M, batch.sets, batch.trajectories, chosen)
+    z_M = head.at_candidates(batch.sets)
+    values = action_values(head, z_M, batch.sets, batch.trajectories.taken_S, chosen, shift_constant=None)
+    steps = transitions(values, batch.trajectories, chosen)
     assert steps.has_next_S[:9].all()
     discount = 0.9 ** torch.arange(9, dtype=torch.float64)
     total = (discount * (steps.value_S - 0.9 * steps.next_value_S)[:9]).sum()
@@ -145,30 +162,23 @@ SHIFT_SETS = CandidateSets(torch.tensor([2, 1]), torch.tensor([0, 2]), torch.zer
 )
 def test_shifts_of_known_logits(q_shift: str, expected: list[float]) -> None:
     """exp Q is exp z over: 1, the constant (1/10), the maximum 8, the set's maximum 5, the sum 16."""
-    head = DenseHead(SHIFT_LOGITS)
-    q_M, clipped_M = q_values(
-        head.at_candidates(SHIFT_SETS), head, SHIFT_SETS, options(q_shift=q_shift), shift_constant=-math.log(10)
-    )
-    assert q_M.exp().tolist() == pytest.approx(expected)
-    assert not clipped_M.any()
+    values = shifted(options(q_shift=q_shift), SHIFT_LOGITS, shift_constant=-math.log(10))
+    assert values.q_M.exp().tolist() == pytest.approx(expected)
+    assert not values.clipped_M.any()
 
 
 def test_clip_holds_q_and_stops_its_gradient() -> None:
     """With shift max, Q is log 5/8 and log 2/8; Q_min = -1 holds the second (-1.39)."""
     z = SHIFT_LOGITS.clone().requires_grad_()
-    head = DenseHead(z)
-    q_M, clipped_M = q_values(
-        head.at_candidates(SHIFT_SETS), head, SHIFT_SETS, options(q_min=-1.0), shift_constant=None
-    )
-    assert q_M.tolist() == pytest.approx([math.log(5 / 8), -1.0])
-    assert clipped_M.tolist() == [False, True]
-    q_M.sum().backward()
+    values = shifted(options(q_min=-1.0), z)
+    assert values.q_M.tolist() == pytest.approx([math.log(5 / 8), -1.0])
+    assert values.clipped_M.tolist() == [False, True]
+    values.q_M.sum().backward()
     assert z.grad is not None
     assert z.grad.tolist() == [[0.0, 0.0, 1.0, -1.0]]
 
 
 def test_constant_shift_needs_its_constant() -> None:
     """No constant is an error, never a shift of 0."""
-    head = DenseHead(SHIFT_LOGITS)
     with pytest.raises(ConfigError, match="q_shift constant"):
-        q_values(head.at_candidates(SHIFT_SETS), head, SHIFT_SETS, options(q_shift="constant"), shift_constant=None)
+        shifted(options(q_shift="constant"), SHIFT_LOGITS)

@@ -73,6 +73,29 @@ def test_rows_decoded_with_candidates(store: Path, capsys: pytest.CaptureFixture
     assert "(cut here)" in shown
 
 
+def test_store_of_p_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sets without ids are called what they are, in the summary and beside a decoded token."""
+    tokenizer = words_tokenizer(WORDS)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    manifest = teacher_manifest(
+        num_prompts=1,
+        n_samples_per_prompt=1,
+        fingerprints={"tokenizer": fingerprint_tokenizer(tokenizer)},
+        top_p=1.0,
+        always_include=(),
+        has_logprobs=False,
+    )
+    ids = np.array([1], np.int32)
+    with StoreWriter(tmp_path / "store", manifest) as writer:
+        writer.append([Rollout("train:0:0", ids, ids, "stop", np.zeros(1, np.float32), RecordedSets.whole(1))])
+    assert main([str(tmp_path / "store"), "--rows", "1", "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    shown = capsys.readouterr().out
+    assert "top_p 1: the whole vocabulary, 1 states" in shown
+    assert "the whole vocabulary" in shown.split("train:0:0")[1]
+    assert main([str(tmp_path / "store"), "--plot", str(tmp_path / "sets.png")]) == 2
+    assert "at a top_p below 1" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_other_tokenizer_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ids are not decoded by a tokenizer that did not make them: exit status 2 and a message alone."""
     words_tokenizer([*WORDS, "more"]).save_pretrained(tmp_path / "other")

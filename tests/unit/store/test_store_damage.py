@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from openrlhf_bd.errors import StoreError
 from openrlhf_bd.store import StoreReader, StoreWriter
 from openrlhf_bd.store.fingerprints import fingerprint_json
+from openrlhf_bd.store.shard_file import RowGroup
 from tests.unit.store.rows import assert_same_rollout, teacher_manifest, teacher_rows
 
 SHARD = "shard-00001.parquet"
@@ -164,3 +166,35 @@ def test_malformed_manifest_with_a_right_checksum(store: Path) -> None:
     rewrite_manifest(store, shards=[{"file": "shard-00000.parquet"}])
     with pytest.raises(StoreError, match=r"manifest\.json: damaged.*\n.*num_rows"):
         StoreReader(store)
+
+
+def test_tokens_that_do_not_give_their_hash(store: Path) -> None:
+    """Token ids other than those that were recorded are refused by name of the row, whoever wrote them."""
+    table = pq.read_table(store / SHARD)
+    names, hashes = table["row_id"].to_pylist(), table["token_hash"].to_pylist()
+    hashes[2] ^= 1
+    column = pa.array(hashes, pa.uint64())
+    group = RowGroup(table.set_column(table.column_names.index("token_hash"), "token_hash", column), store / SHARD)
+    assert group.rollout(1).row_id == names[1]
+    with pytest.raises(StoreError, match=f"{SHARD}: row '{names[2]}': its token ids do not give its hash"):
+        group.rollout(2)
+
+
+def test_sets_that_are_too_few_for_the_tokens(store: Path) -> None:
+    """A row with fewer sets than response tokens is refused by name, with both numbers."""
+    table = pq.read_table(store / SHARD)
+    names, sizes = table["row_id"].to_pylist(), table["set_sizes"].to_pylist()
+    masses, ids, logprobs = (table[name].to_pylist() for name in ("neg_log_mass", "set_ids", "set_logprobs"))
+    num_tokens = table["response_length"].to_pylist()[3]
+    kept = sizes[3][: num_tokens - 1]
+    sizes[3], masses[3], ids[3], logprobs[3] = (
+        kept,
+        masses[3][: len(kept)],
+        ids[3][: sum(kept)],
+        logprobs[3][: sum(kept)],
+    )
+    for name, lists in (("set_sizes", sizes), ("neg_log_mass", masses), ("set_ids", ids), ("set_logprobs", logprobs)):
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(lists, table.schema.field(place).type))
+    with pytest.raises(StoreError, match=f"row '{names[3]}': found {num_tokens - 1} candidate sets, expected"):
+        RowGroup(table, store / SHARD).rollout(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from datasets import load_from_disk
 
 from openrlhf_bd.cli.main import main
 from openrlhf_bd.errors import DataError
+from openrlhf_bd.records import RecordedSets
 from openrlhf_bd.store import StoreReader, StoreWriter
 from openrlhf_bd.store.exchange import import_dataset
-from tests.unit.store.rows import assert_same_rollout, gold_row, teacher_manifest, teacher_rows
+from tests.unit.store.rows import assert_same_rollout, gold_row, teacher_manifest, teacher_row, teacher_rows
 
 
 @pytest.fixture
@@ -51,6 +53,18 @@ def test_gold_rows_without_sets(tmp_path: Path) -> None:
     before, after = StoreReader(tmp_path / "store"), StoreReader(tmp_path / "again")
     for row, again in zip(before.rollouts(range(3)), after.rollouts(range(3)), strict=True):
         assert_same_rollout(row, again)
+
+
+def test_rows_of_p_of_one(tmp_path: Path) -> None:
+    """Sets that are the whole vocabulary, and list no ids, are whole again."""
+    manifest = teacher_manifest(top_p=1.0, always_include=(), has_logprobs=False, n_samples_per_prompt=1, num_prompts=2)
+    rows = [replace(teacher_row(number), sets=RecordedSets.whole(5)) for number in range(2)]
+    with StoreWriter(tmp_path / "store", manifest) as writer:
+        writer.append(rows)
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "data")]) == 0
+    assert main(["import", str(tmp_path / "data"), str(tmp_path / "again")]) == 0
+    for row, again in zip(rows, StoreReader(tmp_path / "again").rollouts(range(2)), strict=True):
+        assert_same_rollout(again, row)
 
 
 def test_changed_tokens_are_noticed(store: Path, tmp_path: Path) -> None:

@@ -36,19 +36,25 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
         assert_same_rollout(found, expected)
 
 
-def test_empty_large_and_bootstrap_sets(tmp_path: Path) -> None:
-    """Sets of no token, of a whole vocabulary, and of the state after a cut response keep their places."""
+def test_small_large_and_bootstrap_sets(tmp_path: Path) -> None:
+    """Sets of one token, of thousands, and of the state after a cut response keep their places."""
     rows = [
-        teacher_row(0, sizes=[0, 3, 0, 0, 1]),
-        teacher_row(1, sizes=[1, 60_000, 2, 1, 1]),
-        teacher_row(2, sizes=[1, 1, 1, 1, 1, 7]),
-        teacher_row(3, sizes=[0], num_tokens=1),
-        teacher_row(4, sizes=[0, 0], num_tokens=1),
+        teacher_row(0, sizes=[1, 60_000, 2, 1, 1]),
+        teacher_row(1, sizes=[1, 1, 1, 1, 1, 7]),
+        teacher_row(2, sizes=[1], num_tokens=1),
+        teacher_row(3, sizes=[1, 2], num_tokens=1),
     ]
-    reader = write(tmp_path, teacher_manifest(num_prompts=5, n_samples_per_prompt=1), rows)
-    assert reader.num_states.tolist() == [5, 5, 6, 1, 2]
-    for found, expected in zip(reader.rollouts(range(5)), rows, strict=True):
+    reader = write(tmp_path, teacher_manifest(num_prompts=4, n_samples_per_prompt=1), rows)
+    assert reader.num_states.tolist() == [5, 6, 1, 2]
+    for found, expected in zip(reader.rollouts(range(4)), rows, strict=True):
         assert_same_rollout(found, expected)
+
+
+@pytest.mark.parametrize("sizes", [[1, 0, 2], [0, 0, 0]])
+def test_set_of_no_token_is_refused(tmp_path: Path, sizes: list[int]) -> None:
+    """A candidate set has at least the most probable token; one without any is a mistake of what recorded it."""
+    with pytest.raises(ValueError, match=r"train:0:0.*ids"):
+        write(tmp_path, teacher_manifest(), [teacher_row(0, sizes=sizes, num_tokens=3)])
 
 
 def test_gold_rows_have_tokens_alone(tmp_path: Path) -> None:

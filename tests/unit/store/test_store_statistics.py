@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from openrlhf_bd.records import RecordedSets, Rollout
-from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter, summary
-from tests.unit.store.rows import gold_row, teacher_manifest
+from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter, one_token_share, summary
+from tests.unit.store.rows import assert_same_rollout, gold_row, teacher_manifest
 
 
 def hand_made_rows() -> list[Rollout]:
@@ -69,6 +71,59 @@ def test_summary_of_hand_made_rows(tmp_path: Path) -> None:
     first, second, third = 2.5 / 4, 0.625 / 4, 0.125 / 4
     assert sets.sorted_mass[:4] == pytest.approx([first, first + second, *[first + second + third] * 2], rel=1e-3)
     assert len(sets.sorted_mass) == 50
+
+
+def test_one_token_share(tmp_path: Path) -> None:
+    """As recorded: sizes 1, 3, 2, 1. Cut to p = 0.4 the first token is enough in each; to 0.6 in none but those."""
+    with StoreWriter(tmp_path, teacher_manifest(num_prompts=2, n_samples_per_prompt=1)) as writer:
+        writer.append(hand_made_rows())
+    reader = StoreReader(tmp_path)
+    assert one_token_share(reader, top_p=0.8) == 0.5
+    assert one_token_share(reader, top_p=0.4) == 1.0
+    assert one_token_share(reader, top_p=0.6) == 0.5
+    # With token 1 always there, only the set whose first token it is can be a single one.
+    assert one_token_share(reader, top_p=0.4, always_include=(1,)) == 0.25
+
+
+def test_store_of_p_of_one(tmp_path: Path) -> None:
+    """No column of sets is written, rows come back with whole sets, and there are no sizes to sum up."""
+    rows = [replace(row, sets=RecordedSets.whole(2)) for row in hand_made_rows()]
+    manifest = teacher_manifest(num_prompts=2, n_samples_per_prompt=1, top_p=1.0, always_include=(), has_logprobs=False)
+    with StoreWriter(tmp_path, manifest) as writer:
+        writer.append(rows)
+    columns = pq.read_schema(tmp_path / "shard-00000.parquet").names
+    assert not {"set_sizes", "set_ids", "neg_log_mass", "set_logprobs"} & set(columns)
+    reader = StoreReader(tmp_path)
+    for found, expected in zip(reader.rollouts([0, 1]), rows, strict=True):
+        assert_same_rollout(found, expected)
+        assert found.sets is not None
+        assert found.sets.is_whole
+    found = summary(reader)
+    assert found.sets is None
+    assert found.num_states == 4
+    assert one_token_share(reader, top_p=1.0) is None
+
+
+def test_rows_that_do_not_fit_the_top_p_of_their_store(tmp_path: Path) -> None:
+    """Ids in a store of p = 1, and no ids in one of a smaller p, are mistakes."""
+    manifest = {"num_prompts": 2, "n_samples_per_prompt": 1, "always_include": (), "has_logprobs": False}
+    (row, _) = hand_made_rows()
+    assert row.sets is not None
+    listed = replace(row, sets=replace(row.sets, logprobs_M=None))
+    with StoreWriter(tmp_path / "a", teacher_manifest(top_p=1.0, **manifest)) as writer:
+        with pytest.raises(ValueError, match=r"found sets with ids, though the store's top_p is 1\.0"):
+            writer.append([listed])
+        writer.suspend()
+    with StoreWriter(tmp_path / "b", teacher_manifest(top_p=0.8, **manifest)) as writer:
+        with pytest.raises(ValueError, match=r"found sets without ids, though the store's top_p is 0\.8"):
+            writer.append([replace(row, sets=RecordedSets.whole(2))])
+        writer.suspend()
+
+
+def test_manifest_of_p_of_one_says_nothing_of_ids() -> None:
+    """Always-included ids and log-probabilities of candidates have no meaning where no ids are stored."""
+    with pytest.raises(ValueError, match="sets of top_p 1 list no ids"):
+        teacher_manifest(top_p=1.0)
 
 
 def test_summary_of_gold_rows(tmp_path: Path) -> None:

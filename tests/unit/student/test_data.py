@@ -1,5 +1,6 @@
 """What a rank reads: cuts of recorded sets, counts of the global batch, refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config, DistillConfig
-from openrlhf_bd.data.micro_batches import MicroBatch
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreWriter
@@ -51,6 +51,7 @@ class TestCut:
             (manifest(always_include=()), {"top_p": 0.9}, r"without the stop tokens \[1\]"),
             (manifest(has_logprobs=False), {"top_p": 0.9}, "log-probabilities were not recorded"),
             (manifest(top_p=None, always_include=(), has_logprobs=False), {}, "no candidate sets"),
+            (manifest(top_p=1.0, always_include=(), has_logprobs=False), {"top_p": 0.9}, "its sets cannot be cut"),
         ],
     )
     def test_store_that_lacks_something_is_refused(
@@ -59,6 +60,12 @@ class TestCut:
         """What the store lacks is an error that names the option to change."""
         with pytest.raises(ConfigError, match=message):
             plan(recorded, **options)
+
+    def test_store_of_p_of_one_fits_p_of_one(self) -> None:
+        """Sets without ids hold every stop token and need no cut."""
+        needs = Needs(rollouts="teacher", candidate_sets=True)
+        recorded = manifest(top_p=1.0, always_include=(), has_logprobs=False)
+        assert plan(recorded, needs, top_p=1.0, include_eos=True) is None
 
     def test_cut_needs_log_probabilities(self) -> None:
         """Without log-probabilities a smaller p is refused even if the algorithm itself needs none."""
@@ -90,12 +97,17 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def open_data(store: Path, rank: int = 0, num_ranks: int = 1, **changes: Any) -> StudentData:
-    distill = {"top_p": 0.5, "include_eos": False}
-    config = Config.model_validate({"algo": {"distill": distill}, "train": {"batch_size": 4, "micro_batch_size": 1}})
+def config_of(*, distill: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **other: Any) -> Config:
+    options = {"top_p": 0.5, "include_eos": False} if distill is None else distill
+    return Config.model_validate({"algo": {"distill": options}, "train": {"batch_size": 4, **(train or {})}, **other})
+
+
+def open_data(
+    store: Path, rank: int = 0, num_ranks: int = 1, config: Config | None = None, **changes: Any
+) -> StudentData:
     values: dict[str, Any] = {"context_length": 64, "vocab_size": 16, "pretrain_path": None}
     return StudentData(
-        config,
+        config or config_of(),
         store_path=str(store),
         needs=NEEDS,
         stop_ids=[STOP],
@@ -109,15 +121,15 @@ def test_ranks_share_the_global_batch(store: Path) -> None:
     """Together the ranks read every row once, and each knows the counts of all."""
     steps = [open_data(store, rank, 3).step(1) for rank in range(3)]
     assert {(step.num_rows, step.num_tokens, step.num_prompt_tokens) for step in steps} == {(4, 8, 1 + 2 + 3 + 4)}
-    assert {len(step.rollouts) for step in steps} == {2}
-    counted = [part.names[0] for step in steps for part in step.rollouts if part.weight]
-    assert sorted(counted) == ["p0:0", "p1:0", "p2:0", "p3:0"]
+    assert {len(step.micro_batches) for step in steps} == {2}
+    counted = [batch.names[0] for step in steps for batch in step.micro_batches if batch.weight]
+    assert sorted(counted) == ["row p0:0", "row p1:0", "row p2:0", "row p3:0"]
+    assert len({step.balance for step in steps}) == 1
 
 
 def test_sets_are_cut_to_the_run(store: Path) -> None:
     """A run at p = .5 sees only the first candidate (.6 of the mass) of sets recorded at .9."""
-    batch = open_data(store).step(1).rollouts[0].batch
-    assert isinstance(batch, MicroBatch)
+    batch = open_data(store).step(1).micro_batches[0]
     assert batch.sets is not None
     assert batch.sets.ids_M.tolist() == [5, 5]
 
@@ -126,7 +138,8 @@ def test_blocks(store: Path, tmp_path: Path) -> None:
     """Pre-training blocks come as many as rows unless told otherwise; all positions but the first are targets."""
     np.save(tmp_path / "blocks.npy", np.full((3, 6), 7, np.int32))
     step = open_data(store, pretrain_path=str(tmp_path / "blocks.npy")).step(1)
-    assert (len(step.pretrain), step.num_targets) == (4, 4 * 5)
+    assert sum(batch.num_targets for batch in step.micro_batches) == step.num_targets == 4 * 5
+    assert len(step.micro_batches) == 4 + 4
 
 
 def test_row_longer_than_the_context_is_refused(store: Path) -> None:
@@ -137,5 +150,42 @@ def test_row_longer_than_the_context_is_refused(store: Path) -> None:
 
 def test_token_outside_the_vocabulary_is_refused(store: Path) -> None:
     """A token id that the student has no logit for names the row instead of reading foreign memory."""
-    with pytest.raises(DataError, match="rows p3:0: token id 5 is outside the student's vocabulary of 5"):
+    with pytest.raises(DataError, match=r"row p[0-3]:0, .* id 5 is outside the student's vocabulary, expected 0 to 4"):
         open_data(store, vocab_size=5).step(1)
+
+
+def test_sets_of_other_tokens_are_refused(tmp_path: Path) -> None:
+    """A row whose sets were recorded for another row is refused by name when it is read."""
+    rows = [replace(rollout(row), logprobs_T=np.log(np.float32([0.6, 0.35]))) for row in range(4)]
+    # Id 6 with probability .6 beside sets that leave .05.
+    rows[2] = replace(rows[2], response_ids=np.array([6, STOP], np.int32))
+    with StoreWriter(tmp_path / "store", manifest(always_include=())) as writer:
+        writer.append(rows)
+    with pytest.raises(DataError, match=r"^row p2:0: its candidate sets do not belong to its tokens"):
+        open_data(tmp_path / "store").step(1)
+
+
+def test_set_without_a_promised_id_is_refused(tmp_path: Path) -> None:
+    """Where sets are cut, an id that the manifest promises in every set and one lacks is refused by name of the row."""
+    rows = [rollout(row) for row in range(4)]
+    sets = rows[3].sets
+    assert sets is not None
+    rows[3] = replace(rows[3], sets=replace(sets, ids_M=np.array([5, STOP, 5, 7], np.int32)))
+    with StoreWriter(tmp_path / "store", manifest()) as writer:
+        writer.append(rows)
+    distill = DistillConfig(top_p=0.5)
+    with pytest.raises(DataError, match=r"^row p3:0: the candidate set of response token 1 lacks id 1"):
+        open_data(tmp_path / "store", config=config_of(distill=distill.model_dump())).step(1)
+
+
+def test_rows_and_text_share_packed_micro_batches(store: Path, tmp_path: Path) -> None:
+    """Rows of 3 to 6 tokens and blocks of 6 fill a budget of 24 together: 42 tokens in two micro-batches, not three."""
+    np.save(tmp_path / "blocks.npy", np.full((3, 6), 7, np.int32))
+    config = config_of(train={"dynamic_batch_enable": True, "max_tokens_per_gpu": 24}, ds={"packing_samples": True})
+    step = open_data(store, config=config, pretrain_path=str(tmp_path / "blocks.npy")).step(1)
+    # Rows have 3 + 4 + 5 + 6 tokens, the 4 blocks 24.
+    assert sum(batch.tokens.num_positions for batch in step.micro_batches) == 18 + 24
+    assert len(step.micro_batches) == step.balance.num_micro_batches == 2
+    assert all(batch.num_states and batch.num_targets for batch in step.micro_batches)
+    assert step.balance.padding_share == 0
+    assert step.balance.fill == 42 / 48

@@ -39,6 +39,16 @@ def test_without_top_p_only_the_taken_tokens_are_recorded() -> None:
     np.testing.assert_allclose(states.taken_logprob_S, [math.log(0.3), 0.0], atol=1e-6)
 
 
+def test_p_of_one_records_no_ids() -> None:
+    """At p = 1 each set is the whole vocabulary: states are counted, no id is listed, through `take` and rows."""
+    recorder = StateRecorder(RecordOptions(top_p=1.0, always_include=(1,)))
+    recorder.record(LOGITS.expand(3, 4), [(0, 0), (0, 1), (1, 0)], torch.tensor([3, 2, NO_TOKEN]))
+    rows = list(recorder.take([1, 0]).rows())
+    assert [row.sets.num_states for row in rows if row.sets is not None] == [1, 2]
+    assert all(row.sets is not None and row.sets.is_whole for row in rows)
+    np.testing.assert_allclose(rows[1].taken_logprob_S, [math.log(0.15), math.log(0.5)], atol=1e-6)
+
+
 def test_rows_come_back_in_order_of_position_whatever_order_they_were_recorded_in() -> None:
     """Requests of several steps are put together by position, each with its own sets."""
     recorder = StateRecorder(RecordOptions(top_p=0.4))

@@ -1,0 +1,46 @@
+"""What options put into the memory of each student rank, beside the student and its optimizer."""
+
+from __future__ import annotations
+
+from openrlhf_bd.algorithms.base import Needs
+from openrlhf_bd.config import Config
+from openrlhf_bd.driver.model_files import ModelFacts
+from openrlhf_bd.driver.plan import format_bytes
+
+# auto is the checkpoint's own type, at most float32.
+_TEACHER_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+_AVERAGE_BYTES = 4  # kept in fp32
+
+
+def rank_memory_notes(
+    config: Config, needs: Needs, *, student: ModelFacts | None, teacher: ModelFacts | None
+) -> list[str]:
+    """A line for each further model in a rank's memory: the live teacher, and averages of the student's weights.
+
+    Args:
+        config: options of the job.
+        needs: of the algorithm.
+        student: facts of the student, or None where it is not trained.
+        teacher: facts of the teacher, or None where it is not loaded.
+    """
+    notes = []
+    ratio = config.algo.distill.kd_ratio
+    if ratio > 0:
+        size = _size(teacher, _TEACHER_BYTES[config.teacher.dtype])
+        notes.append(f"each student rank also holds the whole teacher, {size} (--algo.distill.kd_ratio {ratio})")
+    averages = [
+        ("--algo.distill.next_value_gradient target", needs.target_network),
+        ("--train.enable_ema", config.train.enable_ema),
+    ]
+    for option, used in averages:
+        if used:
+            size = _size(student, _AVERAGE_BYTES)
+            place = "the student ranks together hold" if config.ds.zero_stage == 3 else "each student rank also holds"
+            notes.append(f"{place} a slow copy of the trained weights in fp32, {size} at most ({option})")
+    return notes
+
+
+def _size(facts: ModelFacts | None, parameter_bytes: int) -> str:
+    if facts is None or facts.num_parameters is None:
+        return "of a size that is not known here"
+    return format_bytes(facts.num_parameters * parameter_bytes)

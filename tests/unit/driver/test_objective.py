@@ -1,0 +1,80 @@
+"""The objective's options beside what a run has: refusals and the warning, before anything starts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openrlhf_bd.algorithms import resolve_algorithm
+from openrlhf_bd.config import Config
+from openrlhf_bd.driver.objective import check_kd_ratio, unheld_logits
+from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.records import RecordedSets, Rollout
+from openrlhf_bd.store import StoreManifest, StoreWriter
+
+
+def config_of(tmp_path: Path, *, teacher: str | None = "teacher", text: str | None = None, **distill: object) -> Config:
+    return Config.model_validate(
+        {
+            "algo": {"distill": distill},
+            "teacher": {"model_name_or_path": teacher},
+            "data": {"pretrain_dataset": text},
+            "ckpt": {"output_dir": str(tmp_path)},
+        }
+    )
+
+
+def warning_of(config: Config) -> str | None:
+    return unheld_logits(config, resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill))
+
+
+def write_store(path: Path, sizes: list[int]) -> None:
+    """An unfinished store of one row with sets of these sizes."""
+    manifest = StoreManifest(kind="teacher", top_p=0.8, num_prompts=2)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    ids = np.arange(offsets[-1], dtype=np.int32)
+    sets = RecordedSets(ids, offsets, np.zeros(len(sizes), np.float32), None)
+    tokens = np.ones(len(sizes), np.int32)
+    with StoreWriter(path, manifest) as writer:
+        writer.append([Rollout("p:0", tokens, tokens, "stop", None, sets)])
+        writer.suspend()
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_presets_without_tail_and_text_are_warned_of(tmp_path: Path, preset: str) -> None:
+    """Nothing holds the logits outside the sets; the share of one-token sets is told where the store exists."""
+    config = config_of(tmp_path, preset=preset)
+    warning = warning_of(config)
+    assert warning is not None
+    assert warning.startswith("nothing holds the logits outside the candidate sets")
+    assert "--data.pretrain_dataset, or --algo.distill.tail_coef 1" in warning
+    assert "single token" not in warning
+    write_store(tmp_path / "teacher_data", [1, 4, 1, 1, 2, 1, 1, 3])
+    warning = warning_of(config)
+    assert warning is not None
+    assert f"With the rows of {tmp_path / 'teacher_data'}, 62.5% of the sets are a single token" in warning
+
+
+def test_what_holds_the_logits_takes_the_warning_away(tmp_path: Path) -> None:
+    """A tail term, pre-training text that counts, no mask, or an algorithm whose loss sees all logits."""
+    for distill in (
+        {"preset": "robust"},
+        {"preset": "paper", "tail_coef": 0.5},
+        {"preset": "paper", "top_p": 1.0},
+        {"name": "kd", "preset": "paper"},
+        {"name": "seqkd", "preset": "paper"},
+    ):
+        assert warning_of(config_of(tmp_path, **distill)) is None
+    assert warning_of(config_of(tmp_path, preset="paper", text="text.jsonl")) is None
+    assert warning_of(config_of(tmp_path, preset="paper", text="text.jsonl", pretrain_coef=0.0)) is not None
+
+
+def test_kd_ratio_needs_a_teacher_and_text(tmp_path: Path) -> None:
+    """A share of the teacher in J_PT without either is refused with what to give."""
+    check_kd_ratio(config_of(tmp_path, kd_ratio=0.5, text="text.jsonl"))
+    check_kd_ratio(config_of(tmp_path, kd_ratio=0.0, teacher=None))
+    with pytest.raises(ConfigError, match=r"kd_ratio 0\.5 .*--teacher\.model_name_or_path is not given"):
+        check_kd_ratio(config_of(tmp_path, kd_ratio=0.5, teacher=None, text="text.jsonl"))
+    for given in ({"text": None}, {"text": "text.jsonl", "pretrain_coef": 0.0}):
+        with pytest.raises(ConfigError, match=r"give --data\.pretrain_dataset"):
+            check_kd_ratio(config_of(tmp_path, kd_ratio=0.5, **given))  # type: ignore[arg-type]
