@@ -1,17 +1,46 @@
-"""`make bench`: every benchmark of this folder, one after another, each in a process of its own."""
+"""`make bench`: every benchmark of this folder, one after another, each in a process of its own, at quick sizes.
+
+python3 -m benchmarks [--full] [NAME ...]        --full: each at its own defaults; NAME: only these, loss_head for one
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = sorted(path for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("_"))
+FOLDER = Path(__file__).resolve().parent
+# Arguments that bring a script down to a minute or so; one that is not here has such defaults of its own.
+QUICK = {
+    "loss_head": ["--states", "512", "--vocabulary", "50257", "--rounds", "1", "--repeats", "1"],
+    "step_growth": ["--repeats", "1"],
+    "store_throughput": ["--rows", "2048"],
+    "train_step": ["--quick"],
+}
+
+
+def main() -> None:
+    """Run the scripts; exit status 1 where one failed, after all have run."""
+    names = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}; none: all")
+    parser.add_argument("--full", action="store_true", help="the sizes of docs/benchmarks.md, which can take an hour")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(names))
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(names)}")
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    failed = []
+    for name in options.names or names:
+        quick = [] if options.full else QUICK.get(name, [])
+        print(f"== {' '.join([name, *quick])}", flush=True)
+        command = [sys.executable, str(FOLDER / f"{name}.py"), *quick]
+        if subprocess.run(command, env=environment, check=False).returncode:
+            failed.append(name)
+    raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
+
 
 if __name__ == "__main__":
-    failed = []
-    for script in SCRIPTS:
-        print(f"== {script.name}", flush=True)
-        if subprocess.run([sys.executable, str(script), *sys.argv[1:]], check=False).returncode:
-            failed.append(script.name)
-    raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
+    main()
