@@ -157,6 +157,25 @@ class TeacherConfig(Section):
     """`--teacher.*`: the teacher and its vLLM engines."""
 
     model_name_or_path: str | None = Field(None, description="teacher: HF model name or path")
+    routes: str | None = Field(
+        None, description="teachers of some records, value=model comma-separated; others: teacher.model_name_or_path"
+    )
+    route_key: str | None = Field(None, description="key in a record of the value by which teacher.routes chooses")
+    prompt_wrapper: Literal["none", "paper"] = Field(
+        "none", description="paper: the teacher sees Fig. 3's wrapper; none: teacher.input_template or what data says"
+    )
+    input_template: str | None = Field(
+        None, description="the teacher's own template with one {} around the instruction; none: what data says"
+    )
+    apply_chat_template: bool = Field(False, description="the teacher sees the chat template of its own tokenizer")
+    system_prompt: str | None = Field(None, description="system message that the teacher alone sees in a chat template")
+    privileged_key: str | None = Field(
+        None, description="key in a record of a text that the teacher alone sees, after the instruction"
+    )
+    privileged_template: str = Field("{}", description="template with one {} around the text of teacher.privileged_key")
+    max_len: PositiveInt | None = Field(
+        None, description="longest teacher's prompt and response together, tokens; none: data.max_len"
+    )
     num_engines: PositiveInt = Field(1, description="vLLM engines that generate")
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs of each engine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -24,11 +24,20 @@ class Prompt:
         prompt_id: stable name of the prompt within its data set; row ids are made from it.
         token_ids: prompt as the student sees it.
         record: the data set's own record (instruction, input, reference, ...), for evaluation and reports.
+        teacher_ids: prompt as the teacher sees it; None: as the student does.
+        teacher: name of the teacher that answers; None where there is one teacher.
     """
 
     prompt_id: str
     token_ids: NDArray[np.int32]
     record: Mapping[str, Any]
+    teacher_ids: NDArray[np.int32] | None = None
+    teacher: str | None = None
+
+    @property
+    def seen_by_teacher(self) -> NDArray[np.int32]:
+        """The teacher's prompt, whether it is another or not."""
+        return self.token_ids if self.teacher_ids is None else self.teacher_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +90,15 @@ class Rollout:
 
     Attributes:
         row_id: "<prompt_id>:<sample>", unique in a store.
-        prompt_ids: prompt tokens.
+        prompt_ids: prompt tokens, as the student sees them.
         response_ids: response tokens, the stop token included where it was produced; at least one.
         finish_reason: "stop" if the last token is a stop token, "length" if the response was cut.
         logprobs_T: the teacher's log-probability of each response token at temperature 1, or None (gold responses).
         sets: candidate sets, T of them, or T + 1 for a cut response whose following state was recorded too; None where
             the algorithm needs none.
+        teacher_prompt_hash: hash of the prompt under which the teacher gave logprobs_T and sets; None where that is
+            prompt_ids.
+        teacher: name of the teacher that made the row; None where a store has one teacher.
     """
 
     row_id: str
@@ -95,3 +107,5 @@ class Rollout:
     finish_reason: FinishReason
     logprobs_T: NDArray[np.float32] | None = None
     sets: RecordedSets | None = None
+    teacher_prompt_hash: int | None = None
+    teacher: str | None = None

@@ -118,6 +118,7 @@ def _summary_table(found: StoreSummary, path: Path, *, verified: bool) -> Table:
         ("finish reasons", ", ".join(f"{reason} {count:,}" for reason, count in found.finish_reasons.items())),
         ("on disk", f"{found.size_bytes / 1e6:,.2f} MB, {found.bytes_per_token:.1f} bytes a response token"),
     ]
+    lines += [(f"rows of teacher {name}", f"{count:,}") for name, count in found.rows_by_teacher.items()]
     if found.sets is not None:
         lines += _set_lines(found.sets, top_p=manifest.top_p)
     elif manifest.has_whole_sets:
@@ -156,10 +157,15 @@ def _quantiles(quantiles: dict[float, int]) -> str:
 
 def _ids_text(rollout: Rollout) -> Text:
     return Text(
-        f"{rollout.row_id}  {rollout.finish_reason}\n"
+        f"{_row_title(rollout)}\n"
         f"  prompt {len(rollout.prompt_ids)}: {_shortened(rollout.prompt_ids)}\n"
         f"  response {len(rollout.response_ids)}: {_shortened(rollout.response_ids)}"
     )
+
+
+def _row_title(rollout: Rollout) -> str:
+    by = "" if rollout.teacher is None else f"  by teacher {rollout.teacher}"
+    return f"{rollout.row_id}  {rollout.finish_reason}{by}"
 
 
 def _shortened(ids: Iterable[int]) -> str:
@@ -170,7 +176,7 @@ def _shortened(ids: Iterable[int]) -> str:
 def _decoded_table(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Table:
     """One line a response token: the token, its log-probability, and the candidates of its state."""
     prompt = tokenizer.decode(rollout.prompt_ids.tolist())
-    table = Table(title=Text(f"{rollout.row_id}  {rollout.finish_reason}\n{prompt}", justify="left"))
+    table = Table(title=Text(f"{_row_title(rollout)}\n{prompt}", justify="left"))
     for name in ("t", "token", "log-prob", "mass", "size", "candidates"):
         table.add_column(name)
     sets = rollout.sets

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.data.fields import messages_field, reference_field, text_field
+from openrlhf_bd.data.fields import reference_field, text_field
+from openrlhf_bd.data.formats import student_format
+from openrlhf_bd.data.limits import prompt_limit, teacher_length
 from openrlhf_bd.data.readers import Record
 from openrlhf_bd.data.sources import load_records
-from openrlhf_bd.data.templates import format_prompt
+from openrlhf_bd.data.teacher_view import TeacherView
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.records import Prompt, Rollout
 
@@ -40,6 +42,9 @@ class PromptTable:
         num_dropped_overlong: records whose prompt was over the limit and left out.
         num_kept_overlong: prompts over the limit of which the last tokens were kept.
         max_prompt_len: the limit, tokens.
+        num_dropped_by_teacher: records left out because the teacher's prompt was over its own limit.
+        num_kept_by_teacher: teacher's prompts over that limit of which the last tokens were kept.
+        max_teacher_prompt_len: that limit, tokens.
     """
 
     prompts: list[Prompt]
@@ -47,10 +52,18 @@ class PromptTable:
     num_dropped_overlong: int
     num_kept_overlong: int
     max_prompt_len: int
+    num_dropped_by_teacher: int
+    num_kept_by_teacher: int
+    max_teacher_prompt_len: int
 
     @property
     def num_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher sees other prompts than the student."""
+        return any(prompt.teacher_ids is not None for prompt in self.prompts)
 
     def summary(self) -> str:
         """One line for the log and the plan."""
@@ -60,6 +73,15 @@ class PromptTable:
             text += f"; {dropped}, over {self.max_prompt_len} tokens"
         if self.num_kept_overlong:
             text += f"; {self.num_kept_overlong} prompts cut to their last {self.max_prompt_len} tokens"
+        if self.has_teacher_prompts:
+            num_tokens = sum(len(prompt.teacher_ids) for prompt in self.prompts if prompt.teacher_ids is not None)
+            text += f"; the teacher sees {num_tokens} tokens"
+        if self.num_dropped_by_teacher:
+            dropped = f"{self.num_dropped_by_teacher} of {self.num_records} records dropped"
+            text += f"; {dropped}, over {self.max_teacher_prompt_len} tokens as the teacher sees them"
+        if self.num_kept_by_teacher:
+            cut = f"{self.num_kept_by_teacher} teacher's prompts cut"
+            text += f"; {cut} to their last {self.max_teacher_prompt_len} tokens"
         return text
 
 
@@ -71,6 +93,7 @@ def load_prompts(
     split: str,
     purpose: Purpose,
     need_reference: bool,
+    teacher: TeacherView | None = None,
 ) -> PromptTable:
     """Read, format and tokenise the prompts of a data set.
 
@@ -82,13 +105,14 @@ def load_prompts(
         purpose: decides which limit on records holds, and which option messages name. Only "train" is blended by
             `data.prompt_probs`; only "train" wants exactly one reference a record.
         need_reference: every record must have a reference response in `data.label_key`.
+        teacher: how the teacher sees the prompts; None: nobody asks.
 
     Raises:
         ConfigError: templates contradict each other, or limits leave no room for a response.
         DataError: see `load_records` and `text_field`; or every prompt is over the limit.
     """
-    format_record = prompt_formatter(config, tokenizer)
-    limit = prompt_limit(config)
+    student = student_format(config, tokenizer)
+    limits = _Limit(prompt_limit(config)), _Limit(teacher_length(config) - 1)
     if need_reference and config.data.label_key is None:
         raise ConfigError("--data.label_key is not given; name the key of the reference response in a record")
     max_samples = config.data.max_samples
@@ -97,32 +121,89 @@ def load_prompts(
     probs = config.data.prompt_probs if purpose == "train" else None
     records = load_records(spec, split=split, max_samples=max_samples, probs=probs, option=_OPTIONS[purpose])
 
+    keep = config.data.overlong_prompts == "keep"
     prompts: list[Prompt] = []
-    num_records = num_over = shortest = 0
+    num_records = 0
     for batch in _batches(records, _BATCH_SIZE):
-        encoded = _tokenise(batch, format_record, config, tokenizer)
+        encoded = student.token_ids(batch)
+        views = teacher.of(batch) if teacher is not None else [(None, None)] * len(batch)
         if need_reference and config.data.label_key is not None:
             for record in batch:
                 reference_field(record, config.data.label_key, several=purpose != "train")
-        for record, ids in zip(batch, encoded, strict=True):
-            index, num_records = num_records, num_records + 1
-            shortest = min(shortest or len(ids), len(ids))
-            num_over += len(ids) > limit
-            if len(ids) <= limit or config.data.overlong_prompts == "keep":
-                prompts.append(Prompt(f"{index:08d}", ids[-limit:], record.values))
+        for record, ids, (teacher_ids, name) in zip(batch, encoded, views, strict=True):
+            prompt = Prompt(f"{num_records:08d}", ids, record.values, teacher_ids, name)
+            num_records += 1
+            if (fitting := _fitted(prompt, *limits, keep=keep)) is not None:
+                prompts.append(fitting)
     if not prompts:
-        raise DataError(
-            f"{spec}: all {num_records} prompts have more than {limit} tokens, the shortest has {shortest}; raise "
-            "--data.max_prompt_len or --data.max_len, or set --data.overlong_prompts keep to cut them"
-        )
-    kept = num_over if config.data.overlong_prompts == "keep" else 0
-    return PromptTable(prompts, num_records, num_over - kept, kept, limit)
+        raise _all_overlong(spec, num_records, *limits)
+    of_student, of_teacher = limits
+    return PromptTable(
+        prompts=prompts,
+        num_records=num_records,
+        num_dropped_overlong=0 if keep else of_student.num_over,
+        num_kept_overlong=of_student.num_over if keep else 0,
+        max_prompt_len=of_student.tokens,
+        num_dropped_by_teacher=0 if keep else of_teacher.num_over,
+        num_kept_by_teacher=of_teacher.num_over if keep else 0,
+        max_teacher_prompt_len=of_teacher.tokens,
+    )
+
+
+class _Limit:
+    """A limit on prompts, and what it met."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.num_over = 0
+        self.shortest: int | None = None
+
+    def allows(self, ids: NDArray[np.int32]) -> bool:
+        self.shortest = len(ids) if self.shortest is None else min(self.shortest, len(ids))
+        self.num_over += len(ids) > self.tokens
+        return len(ids) <= self.tokens
+
+
+def _fitted(prompt: Prompt, of_student: _Limit, of_teacher: _Limit, *, keep: bool) -> Prompt | None:
+    """The prompt within the limits: as it is, its last tokens, or None."""
+    if not of_student.allows(prompt.token_ids) and not keep:
+        return None
+    teacher_ids = prompt.teacher_ids
+    if teacher_ids is not None and not of_teacher.allows(teacher_ids) and not keep:
+        return None
+    return replace(
+        prompt,
+        token_ids=prompt.token_ids[-of_student.tokens :],
+        teacher_ids=None if teacher_ids is None else teacher_ids[-of_teacher.tokens :],
+    )
+
+
+def _all_overlong(spec: str, num_records: int, of_student: _Limit, of_teacher: _Limit) -> DataError:
+    if of_teacher.num_over:
+        limit, options = of_teacher, "--teacher.max_len"
+        found = f"no prompt is left: {limit.num_over} have more than {limit.tokens} tokens as the teacher sees them"
+    else:
+        limit, options = of_student, "--data.max_prompt_len or --data.max_len"
+        found = f"all {num_records} prompts have more than {limit.tokens} tokens"
+    return DataError(
+        f"{spec}: {found}, the shortest has {limit.shortest}; raise {options}, or set --data.overlong_prompts keep to "
+        "cut them"
+    )
 
 
 def load_evaluation_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, spec: str, purpose: Literal["validation", "test"]
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    spec: str,
+    purpose: Literal["validation", "test"],
+    teacher: TeacherView | None = None,
 ) -> PromptTable:
     """Prompts of a validation or test set. References are needed unless there is only a checker to score by.
+
+    Args:
+        config, tokenizer, spec, purpose: see `load_prompts`.
+        teacher: how a teacher that scores responses sees the prompts.
 
     Raises:
         ConfigError, DataError: see `load_prompts`; neither `data.label_key` nor `eval.checker` is given.
@@ -134,106 +215,14 @@ def load_evaluation_prompts(
         )
     need_reference = config.data.label_key is not None
     return load_prompts(
-        config, tokenizer, spec=spec, split=config.eval.split, purpose=purpose, need_reference=need_reference
+        config,
+        tokenizer,
+        spec=spec,
+        split=config.eval.split,
+        purpose=purpose,
+        need_reference=need_reference,
+        teacher=teacher,
     )
-
-
-def prompt_limit(config: Config) -> int:
-    """Longest prompt, tokens: it leaves room for at least one response token.
-
-    Raises:
-        ConfigError: no prompt could be that short.
-    """
-    limit = config.data.max_prompt_len or config.data.max_len - 1
-    if not 1 <= limit < config.data.max_len:
-        raise ConfigError(
-            f"--data.max_prompt_len {limit} leaves no room for a response in --data.max_len {config.data.max_len}; "
-            "expected at least 1, and less than it"
-        )
-    return limit
-
-
-def prompt_formatter(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], str]:
-    """The function from a record to the text of its prompt: chat template, paper's wrapper, own template, or as it is.
-
-    An instruction's further input (`data.context_key`) stands in the wrapper's Input block, or after an empty line.
-
-    Raises:
-        ConfigError: more than one template is given, or the one given cannot be used.
-    """
-    data = config.data
-    chosen = [
-        name
-        for name, given in (
-            ("--data.apply_chat_template", data.apply_chat_template),
-            ("--data.prompt_wrapper paper", data.prompt_wrapper == "paper"),
-            ("--data.input_template", data.input_template is not None),
-        )
-        if given
-    ]
-    if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} are given; a prompt has one template, keep one of them")
-    if data.apply_chat_template:
-        return _chat_formatter(config, tokenizer)
-    if data.prompt_wrapper == "paper":
-        return lambda record: format_prompt(_instruction(record, config), _context(record, config))
-    template = data.input_template if data.input_template is not None else "{}"
-    _check_template(template)
-    return lambda record: template.format(_joined(_instruction(record, config), record, config))
-
-
-def _check_template(template: str) -> None:
-    try:
-        valid = template.format("\0").count("\0") == 1
-    except (IndexError, KeyError, ValueError, AttributeError):
-        valid = False
-    if not valid:
-        raise ConfigError(
-            f"--data.input_template is {template!r}; expected exactly one {{}}, where the instruction goes "
-            "(other braces are written {{ and }})"
-        )
-
-
-def _chat_formatter(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], str]:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "--data.apply_chat_template: the tokenizer has no chat template; use --data.prompt_wrapper paper or "
-            "--data.input_template, or a model that has one"
-        )
-
-    def format_chat(record: Record) -> str:
-        found = messages_field(record, config.data.input_key)
-        if isinstance(found, str):
-            found = [{"role": "user", "content": _joined(found, record, config)}]
-        return str(tokenizer.apply_chat_template(found, tokenize=False, add_generation_prompt=True))
-
-    return format_chat
-
-
-def _instruction(record: Record, config: Config) -> str:
-    return text_field(record, config.data.input_key, option="--data.input_key")
-
-
-def _context(record: Record, config: Config) -> str:
-    key = config.data.context_key
-    return text_field(record, key, option="--data.context_key", allow_empty=True) if key is not None else ""
-
-
-def _joined(instruction: str, record: Record, config: Config) -> str:
-    context = _context(record, config)
-    return f"{instruction}\n\n{context}" if context else instruction
-
-
-def _tokenise(
-    batch: list[Record], format_record: Callable[[Record], str], config: Config, tokenizer: PreTrainedTokenizerBase
-) -> list[NDArray[np.int32]]:
-    # A chat template writes the special tokens itself. Elsewhere the tokenizer adds those that start a text; one that
-    # it adds at the end would tell the model that there is nothing left to say.
-    add_special_tokens = not config.data.apply_chat_template
-    texts = [format_record(record) for record in batch]
-    drop_end = add_special_tokens and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    return [np.asarray(ids[:-1] if drop_end else ids, dtype=np.int32) for ids in encoded]
 
 
 def gold_rollouts(

@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.driver.cluster import cluster_device, placed, wait_for
 from openrlhf_bd.driver.progress import console
 from openrlhf_bd.engines.actor import GenerationEngine
@@ -50,19 +51,19 @@ class EngineActors:
 
 
 @contextmanager
-def teacher_engines(config: Config, *, record: RecordOptions, num_engines: int) -> Iterator[EngineActors]:
-    """Engines that host the teacher and record what the rows need.
+def teacher_engines(config: Config, *, model: str, record: RecordOptions, num_engines: int) -> Iterator[EngineActors]:
+    """Engines that host a teacher and record what the rows need.
 
     Args:
         config: `teacher.*`.
+        model: folder or hub name of the teacher.
         record: candidate sets to record; top_p None records the tokens' own log-probabilities alone.
         num_engines: engines to start.
     """
-    teacher = str(config.teacher.model_name_or_path)
     device = cluster_device()
     arguments = engine_arguments(
-        teacher,
-        max_model_len=config.data.max_len,
+        model,
+        max_model_len=teacher_length(config),
         max_num_seqs=config.teacher.max_num_seqs,
         seed=config.train.seed,
         dtype=config.teacher.dtype,
@@ -79,7 +80,7 @@ def teacher_engines(config: Config, *, record: RecordOptions, num_engines: int) 
         arguments,
         num_engines=num_engines,
         gpus_per_engine=config.teacher.tensor_parallel_size,
-        environment=engine_environment(teacher, device=device),
+        environment=engine_environment(model, device=device),
         timeout_s=config.cluster.start_timeout_s,
         what="the teacher's engines",
     ) as engines:

@@ -6,25 +6,54 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.data.prompts import PromptTable, load_evaluation_prompts, parse_test_datasets
+from openrlhf_bd.data.teacher_view import scoring_view
 from openrlhf_bd.driver.cluster import wait_for
 from openrlhf_bd.driver.engines import EngineActors, student_engines, teacher_engines
 from openrlhf_bd.driver.models import load_tokenizer
 from openrlhf_bd.driver.progress import stage_progress
 from openrlhf_bd.engines.arguments import RecordOptions
+from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.checker import load_checker
 from openrlhf_bd.evaluation.evaluate import evaluate_model, num_units
 from openrlhf_bd.evaluation.results import Evaluation
 
 
-def load_test_sets(config: Config, tokenizer_path: str) -> dict[str, PromptTable]:
-    """The test sets of `--eval.test_datasets`, by name."""
-    tokenizer = load_tokenizer(tokenizer_path, config)
-    return {
-        name: load_evaluation_prompts(config, tokenizer, spec=spec, purpose="test")
+def load_test_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptTable]:
+    """The test sets of `--eval.test_datasets`, by name; with the teacher's own prompts where it scores responses.
+
+    Raises:
+        ConfigError: a response could be too long for the teacher.
+    """
+    teacher = None
+    if config.eval.teacher_nll:
+        teacher_tokenizer = load_tokenizer(str(config.teacher.model_name_or_path), config)
+        teacher = scoring_view(config, tokenizer, teacher_tokenizer)
+    tables = {
+        name: load_evaluation_prompts(config, tokenizer, spec=spec, purpose="test", teacher=teacher)
         for name, spec in parse_test_datasets(config.eval.test_datasets or "").items()
     }
+    for name, table in tables.items():
+        _check_room_to_score(config, name, table)
+    return tables
+
+
+def _check_room_to_score(config: Config, name: str, table: PromptTable) -> None:
+    """A response has room beside the teacher's prompt as well, however long it gets."""
+    limit, length = config.eval.max_new_tokens or config.data.max_len, teacher_length(config)
+    for prompt in table.prompts:
+        num_seen = len(prompt.seen_by_teacher)
+        num_new = min(limit, config.data.max_len - len(prompt.token_ids))
+        if num_seen + num_new > length:
+            raise ConfigError(
+                f"--eval.teacher_nll: prompt {prompt.prompt_id} of test set {name} has {num_seen} tokens as the "
+                f"teacher sees it and a response of up to {num_new}, expected at most {length} together; raise "
+                "--teacher.max_len, or lower --eval.max_new_tokens"
+            )
 
 
 def evaluate_models(config: Config, models: Mapping[str, Path]) -> list[Evaluation]:
@@ -39,10 +68,12 @@ def evaluate_models(config: Config, models: Mapping[str, Path]) -> list[Evaluati
     """
     first = next(iter(models.values()))
     tokenizer = load_tokenizer(str(first), config)
-    tests = load_test_sets(config, str(first))
+    tests = load_test_sets(config, tokenizer)
     checker = load_checker(config.eval.checker) if config.eval.checker else None
     scorer: AbstractContextManager[EngineActors | None] = (
-        teacher_engines(config, record=RecordOptions(top_p=None), num_engines=1)
+        teacher_engines(
+            config, model=str(config.teacher.model_name_or_path), record=RecordOptions(top_p=None), num_engines=1
+        )
         if config.eval.teacher_nll
         else nullcontext()
     )

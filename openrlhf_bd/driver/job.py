@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.pretrain import write_pretrain_blocks
+from openrlhf_bd.data.routes import teacher_models
 from openrlhf_bd.driver.cluster import ray_session
 from openrlhf_bd.driver.evaluation import evaluate_models
 from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
@@ -72,7 +73,7 @@ def run(config: Config, *, resolved_config: str, plan: Plan, stages: Sequence[St
             _claim_checkpoints(config, folder)
             _train(config, plan, folder)
         elif "generate" in stages:
-            rows = _rows(config, plan, folder, load_tokenizer(str(config.teacher.model_name_or_path), config))
+            rows = _rows(config, plan, folder, load_tokenizer(_any_teacher(config), config))
             console.print(f"rows: {rows} (openrlhf-bd inspect shows them)", highlight=False)
         if "evaluate" in stages and config.eval.test_datasets:
             _evaluate(config, folder)
@@ -149,14 +150,19 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
 
 def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Path:
     needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
-    model = config.teacher.model_name_or_path if needs.rollouts == "teacher" else config.actor.model_name_or_path
+    model = _any_teacher(config) if needs.rollouts == "teacher" else str(config.actor.model_name_or_path)
     started = time.monotonic()
-    rows = make_rows(config, needs, plan.tables["train"], tokenizer, stop_ids=stop_tokens(str(model), config))
+    rows = make_rows(config, needs, plan.tables["train"], tokenizer, stop_ids=stop_tokens(model, config))
     if rows.reused:
         say_reused("rows", str(rows.path))
     if folder.finished("rows") is None:
         folder.finish("rows", path=str(rows.path), seconds=round(time.monotonic() - started, 1))
     return rows.path
+
+
+def _any_teacher(config: Config) -> str:
+    """A teacher's model: preflight saw that all have the same tokenizer and the same stop tokens."""
+    return next(iter(teacher_models(config).values()))
 
 
 def _pretrain_blocks(

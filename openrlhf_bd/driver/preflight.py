@@ -17,14 +17,17 @@ from transformers import PreTrainedTokenizerBase, SchedulerType
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.limits import prompt_limit, teacher_length
 from openrlhf_bd.data.pretrain import check_pretrain
 from openrlhf_bd.data.prompts import (
     PromptTable,
     load_evaluation_prompts,
     load_prompts,
     parse_test_datasets,
-    prompt_limit,
 )
+from openrlhf_bd.data.routes import DEFAULT_TEACHER, teacher_models, teacher_option
+from openrlhf_bd.data.teacher_view import teacher_view
+from openrlhf_bd.driver.evaluation import load_test_sets
 from openrlhf_bd.driver.model_files import ModelFacts, inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
 from openrlhf_bd.driver.objective import check_kd_ratio, unheld_logits, uses_pretrain
@@ -39,9 +42,15 @@ from openrlhf_bd.driver.resources import (
     student_bytes,
     takes_part,
 )
+from openrlhf_bd.driver.teachers import (
+    asked_teachers,
+    check_same_tokenizer,
+    check_stop_tokens,
+    teacher_lines,
+    teacher_warnings,
+)
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.evaluation.checker import load_checker
-from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
 
 # Of the pre-training text only the first records are read here; all of it is read when its blocks are written.
 _PRETRAIN_RECORDS = 1000
@@ -79,6 +88,8 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
         )
     _check_options(config, stages)
     models = _check_models(config, stages)
+    if "generate" in stages:
+        check_stop_tokens(config)
     data = _check_data(config, stages, needs)
     _check_vocabularies(models, data.tokenizer)
     student = models.get("--actor.model_name_or_path")
@@ -109,6 +120,7 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
 
 def _check_options(config: Config, stages: Sequence[Stage]) -> None:
     prompt_limit(config)
+    teacher_length(config)
     if config.eval.checker is not None:
         load_checker(config.eval.checker)
     if config.eval.test_datasets is not None:
@@ -166,10 +178,10 @@ def _check_output_folder(path: Path) -> None:
 
 def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFacts]:
     """Facts of the models that the stages load, by the option that names each."""
-    teacher_option, student_option = "--teacher.model_name_or_path", "--actor.model_name_or_path"
+    student_option = "--actor.model_name_or_path"
     wanted: dict[str, tuple[str | None, int, str]] = {}
-    if _loads_teacher(config, stages):
-        wanted[teacher_option] = (config.teacher.model_name_or_path, config.teacher.tensor_parallel_size, "teacher")
+    for teacher, model in asked_teachers(config, stages).items():
+        wanted[teacher_option(teacher)] = (model, config.teacher.tensor_parallel_size, "teacher")
     if "train" in stages or (stages == ["evaluate"] and config.actor.model_name_or_path is not None):
         wanted[student_option] = (config.actor.model_name_or_path, config.vllm.tensor_parallel_size, "vllm")
     models = {}
@@ -177,10 +189,10 @@ def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFac
         if name is None:
             raise ConfigError(f"{option} is not given; name a model folder, or a model on the hub")
         facts = inspect_model(name, option=option, trust_remote_code=config.trust_remote_code)
-        if facts.max_positions is not None and config.data.max_len > facts.max_positions:
+        length, limit = _longest(config, section)
+        if facts.max_positions is not None and length > facts.max_positions:
             raise ConfigError(
-                f"--data.max_len {config.data.max_len} is more than the {facts.max_positions} positions of {name} "
-                f"({option}); lower it"
+                f"{limit} {length} is more than the {facts.max_positions} positions of {name} ({option}); lower it"
             )
         if facts.num_heads is not None and facts.num_heads % parallel:
             raise ConfigError(
@@ -196,23 +208,28 @@ def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFac
         check_family(models[student_option].family, config)
         check_lora(config)
         if config.algo.distill.kd_ratio > 0:
-            check_live_teacher(models[teacher_option].family, config)
+            check_live_teacher(models[teacher_option(DEFAULT_TEACHER)].family, config)
     return models
 
 
-def _loads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    live = "train" in stages and config.algo.distill.kd_ratio > 0
-    return live or "generate" in stages or ("evaluate" in stages and config.eval.teacher_nll)
+def _longest(config: Config, section: str) -> tuple[int, str]:
+    """Longest sequence of a model, tokens, and the option that says so."""
+    if section == "teacher" and config.teacher.max_len is not None:
+        return teacher_length(config), "--teacher.max_len"
+    return config.data.max_len, "--data.max_len"
 
 
 def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
-    student, teacher = config.actor.model_name_or_path, config.teacher.model_name_or_path
-    own = student if "train" in stages or student is not None else teacher
+    student = config.actor.model_name_or_path
+    teachers = {name: str(model) for name, model in asked_teachers(config, stages).items()}
+    some_teacher = next(iter(teacher_models(config).values()), None)
+    own = student if "train" in stages or student is not None else some_teacher
     if own is None:
         raise ConfigError("--actor.model_name_or_path is not given; name a model folder, or a model on the hub")
     tokenizer = load_tokenizer(own, config)
-    if teacher is not None and own != teacher and _loads_teacher(config, stages):
-        check_same_tokenizer(load_tokenizer(teacher, config), tokenizer, teacher=teacher, student=own)
+    teacher_tokenizers = {name: load_tokenizer(model, config) for name, model in teachers.items()}
+    for name, model in teachers.items():
+        check_same_tokenizer(teacher_tokenizers[name], tokenizer, teacher=model, student=own)
     tables = {}
     if "generate" in stages or "train" in stages:
         if config.data.prompt_dataset is None:
@@ -224,56 +241,20 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
             split=config.data.prompt_split,
             purpose="train",
             need_reference=needs.rollouts == "gold",
+            teacher=teacher_view(config, tokenizer, teacher_tokenizers) if "generate" in stages else None,
         )
     if "train" in stages and config.eval.dataset is not None:
         tables["validation"] = load_evaluation_prompts(
             config, tokenizer, spec=config.eval.dataset, purpose="validation"
         )
     if "evaluate" in stages:
-        for name, spec in parse_test_datasets(config.eval.test_datasets or "").items():
-            tables[f"test:{name}"] = load_evaluation_prompts(config, tokenizer, spec=spec, purpose="test")
+        tables |= {f"test:{name}": table for name, table in load_test_sets(config, tokenizer).items()}
     lines = [f"{name}: {table.summary()}" for name, table in tables.items()]
+    if "generate" in stages:
+        lines += teacher_lines(config, tables["train"])
     if "train" in stages and uses_pretrain(config):
         lines.append(f"pretrain: {check_pretrain(config, num_records=_PRETRAIN_RECORDS)} records")
     return _Data(tables, lines, tokenizer)
-
-
-def check_same_tokenizer(
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    student_tokenizer: PreTrainedTokenizerBase,
-    *,
-    teacher: str,
-    student: str,
-) -> None:
-    """Teacher and student must turn text into the same ids: the student learns the teacher's choices id by id.
-
-    Raises:
-        DataError: they differ; the message says where.
-    """
-    if fingerprint_tokenizer(teacher_tokenizer) == fingerprint_tokenizer(student_tokenizer):
-        return
-    differences = "; ".join(tokenizer_differences(teacher_tokenizer, student_tokenizer))
-    raise DataError(
-        f"the tokenizers of teacher {teacher} and student {student} differ: {differences}. Expected the same "
-        "tokenizer; choose models of one family (--teacher.model_name_or_path, --actor.model_name_or_path)"
-    )
-
-
-def tokenizer_differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> list[str]:
-    """In words, what tells two tokenizers apart: sizes, the first id with another token, the end of sequence."""
-    found = []
-    if len(first) != len(second):
-        found.append(f"{len(first)} and {len(second)} tokens")
-    token_of_first, token_of_second = (
-        {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (first, second)
-    )
-    for index in sorted(token_of_first.keys() & token_of_second.keys()):
-        if token_of_first[index] != token_of_second[index]:
-            found.append(f"id {index} is {token_of_first[index]!r} and {token_of_second[index]!r}")
-            break
-    if first.eos_token != second.eos_token:
-        found.append(f"the end of sequence is {first.eos_token!r} and {second.eos_token!r}")
-    return found or ["the same vocabulary, but other merges, normalisation or special tokens"]
 
 
 def _check_vocabularies(models: Mapping[str, ModelFacts], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -311,10 +292,13 @@ def _num_tokens(config: Config, table: PromptTable, max_new_tokens: int | None) 
 
 
 def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Mapping[str, PromptTable]) -> list[str]:
-    found = []
-    template = config.data.input_template
-    if template is not None and "\\n" in template:
-        found.append(r"--data.input_template holds the two characters \n, not a line break; in bash write $'...\n...'")
+    found = [
+        rf"--{name} holds the two characters \n, not a line break; in bash write $'...\n...'"
+        for name, text in _written_by_hand(config).items()
+        if "\\n" in (text or "")
+    ]
+    if "generate" in stages:
+        found += teacher_warnings(config, tables["train"])
     if "train" not in stages:
         return found
     if warning := unheld_logits(config, needs):
@@ -329,11 +313,23 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
     return found
 
 
+def _written_by_hand(config: Config) -> dict[str, str | None]:
+    """Texts that options hold, by the option's name."""
+    return {
+        "data.input_template": config.data.input_template,
+        "teacher.input_template": config.teacher.input_template,
+        "teacher.system_prompt": config.teacher.system_prompt,
+        "teacher.privileged_template": config.teacher.privileged_template,
+    }
+
+
 def _vocabulary_warnings(models: Mapping[str, ModelFacts]) -> list[str]:
-    teacher, student = models.get("--teacher.model_name_or_path"), models.get("--actor.model_name_or_path")
-    if teacher is None or student is None or teacher.vocab_size <= student.vocab_size:
+    student = models.get("--actor.model_name_or_path")
+    teachers = [facts for option, facts in models.items() if option.startswith("--teacher.")]
+    largest = max((teacher.vocab_size for teacher in teachers), default=0)
+    if student is None or largest <= student.vocab_size:
         return []
     return [
-        f"the teacher has {teacher.vocab_size} embeddings, the student {student.vocab_size}: padding of the "
+        f"the teacher has {largest} embeddings, the student {student.vocab_size}: padding of the "
         "vocabulary; ids beyond the student's never count"
     ]

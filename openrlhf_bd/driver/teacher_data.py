@@ -15,17 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.data.prompts import PromptTable, gold_rollouts
+from openrlhf_bd.data.routes import DEFAULT_TEACHER, is_routed, teacher_models
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.progress import stage_progress
 from openrlhf_bd.driver.run_folder import CONFIG_FILE
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import RunFolderError
-from openrlhf_bd.records import Rollout
+from openrlhf_bd.records import Prompt, Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
 from openrlhf_bd.store.fingerprints import fingerprint_model_folder, fingerprint_tokenizer
-from openrlhf_bd.store.manifest import JOB_FILE, MANIFEST_FILE
+from openrlhf_bd.store.manifest import JOB_FILE, MANIFEST_FILE, TEACHER_PREFIX, TEACHER_PROMPTS
 from openrlhf_bd.teacher.generate import generate_teacher_data
+from openrlhf_bd.teacher.requests import rollout_requests
 
 # What an algorithm reads may be cut out of sets that were recorded for another: these keys need not be equal.
 _SET_KEYS = ("top_p", "always_include", "has_logprobs")
@@ -148,7 +151,7 @@ def _teacher_manifest(
         fingerprints={
             "tokenizer": fingerprint_tokenizer(tokenizer),
             "prompts": fingerprint_prompts(prompts, references=None),
-            "teacher": fingerprint_model_folder(str(config.teacher.model_name_or_path)),
+            **_teacher_fingerprints(config, prompts),
         },
         top_p=options.top_p,
         always_include=tuple(stop_ids) if options.include_eos and has_ids else (),
@@ -159,6 +162,7 @@ def _teacher_manifest(
             "max_new_tokens": config.rollout.max_new_tokens,
             "max_len": config.data.max_len,
             "seed": config.train.seed,
+            **({"teacher_max_len": teacher_length(config)} if prompts.has_teacher_prompts else {}),
         },
         num_prompts=len(prompts.prompts),
         n_samples_per_prompt=config.rollout.n_samples_per_prompt,
@@ -166,17 +170,32 @@ def _teacher_manifest(
     )
 
 
-def fingerprint_prompts(table: PromptTable, *, references: str | None) -> str:
+def _teacher_fingerprints(config: Config, prompts: PromptTable) -> dict[str, str]:
+    """Of the teacher, or of each of them; and of what they see, where that is not what the student sees."""
+    models = {name: fingerprint_model_folder(model) for name, model in teacher_models(config).items()}
+    found = {TEACHER_PREFIX + name: value for name, value in models.items()}
+    if not is_routed(config):
+        found = {"teacher": models[DEFAULT_TEACHER]}
+    if prompts.has_teacher_prompts:
+        found[TEACHER_PROMPTS] = fingerprint_prompts(prompts, references=None, of_teacher=True)
+    return found
+
+
+def fingerprint_prompts(table: PromptTable, *, references: str | None, of_teacher: bool = False) -> str:
     """Fingerprint of all prompts' names and tokens in order: data set, template and truncation together.
 
     Args:
         table: prompts.
         references: key of the records' responses, where they belong to the rows too.
+        of_teacher: the prompts as the teacher sees them.
     """
     digest = hashlib.blake2b(digest_size=16)
     for prompt in table.prompts:
-        digest.update(f"{prompt.prompt_id}:{len(prompt.token_ids)}:".encode())
-        digest.update(prompt.token_ids.astype("<i4").tobytes())
+        token_ids = prompt.seen_by_teacher if of_teacher else prompt.token_ids
+        digest.update(f"{prompt.prompt_id}:{len(token_ids)}:".encode())
+        digest.update(token_ids.astype("<i4").tobytes())
+        if prompt.teacher is not None:
+            digest.update(f":{prompt.teacher}:".encode())
         if references is not None:
             digest.update(str(prompt.record[references]).encode("utf-8", errors="surrogatepass"))
     return digest.hexdigest()
@@ -211,17 +230,33 @@ def _batches(rollouts: Iterable[Rollout], size: int) -> Iterator[list[Rollout]]:
 
 
 def _generate(config: Config, path: Path, manifest: StoreManifest, prompts: PromptTable) -> None:
+    """Every missing row, one teacher after another: each has all the engines while it works."""
     record = RecordOptions(manifest.top_p, manifest.always_include, logprobs=manifest.has_logprobs)
-    with (
-        StoreWriter(path, manifest, config.teacher.rows_per_shard) as writer,
-        teacher_engines(config, record=record, num_engines=config.teacher.num_engines) as engines,
-        stage_progress("teacher generates", manifest.num_rows, "rows") as progress,
-    ):
+    with StoreWriter(path, manifest, config.teacher.rows_per_shard) as writer:
         # With it a repair can make rows again, from whatever run made the store.
         shutil.copyfile(Path(config.ckpt.output_dir) / CONFIG_FILE, path / JOB_FILE)
-        progress.start_at(len(writer.completed_row_ids()))
+        for name, model in teacher_models(config).items():
+            own = [prompt for prompt in prompts.prompts if prompt.teacher in (name, None)]
+            title = f"teacher {name} generates" if is_routed(config) else "teacher generates"
+            _generate_by(model, own, writer, config=config, record=record, title=title)
+
+
+def _generate_by(
+    model: str, prompts: Sequence[Prompt], writer: StoreWriter, *, config: Config, record: RecordOptions, title: str
+) -> None:
+    """The rows of one teacher; nothing is started where all are there."""
+    done = writer.completed_row_ids() | writer.quarantined_row_ids()
+    num_pending = sum(1 for _ in rollout_requests(prompts, config=config, completed=done))
+    if num_pending == 0:
+        return
+    num_rows = len(prompts) * config.rollout.n_samples_per_prompt
+    with (
+        teacher_engines(config, model=model, record=record, num_engines=config.teacher.num_engines) as engines,
+        stage_progress(title, num_rows, "rows") as progress,
+    ):
+        progress.start_at(num_rows - num_pending)
         generate_teacher_data(
-            prompts.prompts,
+            prompts,
             engines.handles,
             writer,
             config=config,

@@ -177,7 +177,9 @@ def _teacher_nll(
         Rollout(f"{prompt.prompt_id}:{seed}", prompt.token_ids, completion.token_ids, completion.finish_reason)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    scored = score_by_teacher(teacher, rollouts, timeout_s=config.cluster.generate_timeout_s, on_progress=on_progress)
+    scored = score_by_teacher(
+        teacher, rollouts, prompts, timeout_s=config.cluster.generate_timeout_s, on_progress=on_progress
+    )
     return mean_nll([np.asarray(rollout.logprobs_T, dtype=np.float32) for rollout in scored])
 
 

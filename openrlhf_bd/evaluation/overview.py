@@ -75,7 +75,7 @@ class StageBar:
 def facts(runs: Sequence[RunData], store: StoreSummary | None) -> list[tuple[str, str]]:
     """(name, text) of what was run: models, data, steps, versions, as far as they are known."""
     found = [
-        ("Teacher", _names(runs, "teacher.model_name_or_path")),
+        ("Teacher", _teachers(runs)),
         ("Student", _names(runs, "actor.model_name_or_path")),
         ("Prompts", _names(runs, "data.prompt_dataset")),
         ("Pre-training text", _names(runs, "data.pretrain_dataset")),
@@ -192,6 +192,13 @@ def _path_name(value: Any) -> str:
 def _names(runs: Sequence[RunData], option: str) -> str:
     values = [run.option(option) for run in runs]
     return ", ".join(dict.fromkeys(_path_name(value) for value in values if value))
+
+
+def _teachers(runs: Sequence[RunData]) -> str:
+    """Names of the teachers; those of routes with the value that chooses them."""
+    routes = [entry.partition("=") for run in runs for entry in str(run.option("teacher.routes") or "").split(",")]
+    routed = dict.fromkeys(f"{_path_name(model.strip())} ({value.strip()})" for value, _, model in routes if model)
+    return ", ".join(name for name in (_names(runs, "teacher.model_name_or_path"), *routed) if name)
 
 
 def _range(numbers: Sequence[int | None]) -> str:

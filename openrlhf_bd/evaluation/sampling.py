@@ -113,6 +113,7 @@ def sample_responses(
 def score_by_teacher(
     teacher: Any,
     rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
     *,
     timeout_s: float,
     on_progress: Callable[[int], None] | None = None,
@@ -122,6 +123,7 @@ def score_by_teacher(
     Args:
         teacher: actor handle of `TeacherEngine`.
         rollouts: R responses of the student.
+        prompts: R prompts; the teacher sees its own where there is one.
         timeout_s: longest wait for one batch, seconds.
         on_progress: called with the number of rollouts that have just been scored.
 
@@ -130,11 +132,12 @@ def score_by_teacher(
         BDError: what the teacher raised, if it is one of ours.
     """
 
-    def submit(engine: Any, batch: Sequence[Rollout]) -> Any:
-        return engine.score.remote(list(batch))
+    def submit(engine: Any, batch: Sequence[tuple[Rollout, Prompt]]) -> Any:
+        return engine.score.remote([rollout for rollout, _ in batch], [prompt.teacher_ids for _, prompt in batch])
 
+    items = list(zip(rollouts, prompts, strict=True))
     return run_batches(
-        [teacher], rollouts, submit, timeout_s=timeout_s, what="the teacher's scores", on_progress=on_progress
+        [teacher], items, submit, timeout_s=timeout_s, what="the teacher's scores", on_progress=on_progress
     )
 
 

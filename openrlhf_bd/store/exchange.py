@@ -85,9 +85,9 @@ def _batches(source: Dataset) -> Iterator[list[Mapping[str, Any]]]:
         yield batch
 
 
-def _hexadecimal_hash(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32]) -> str:
+def _hexadecimal(number: int) -> str:
     # As text: datasets cannot write integers beyond 63 bits.
-    return f"{token_hash(prompt_ids, response_ids):016x}"
+    return f"{number:016x}"
 
 
 def _records(store: str) -> Iterator[dict[str, Any]]:
@@ -99,11 +99,15 @@ def _record(rollout: Rollout) -> dict[str, Any]:
     record: dict[str, Any] = {
         "row_id": rollout.row_id,
         "finish_reason": rollout.finish_reason,
-        "token_hash": _hexadecimal_hash(rollout.prompt_ids, rollout.response_ids),
+        "token_hash": _hexadecimal(token_hash(rollout.prompt_ids, rollout.response_ids)),
         "prompt_ids": rollout.prompt_ids,
         "response_ids": rollout.response_ids,
         "response_logprobs": rollout.logprobs_T,
     }
+    if rollout.teacher_prompt_hash is not None:
+        record["teacher_prompt_hash"] = _hexadecimal(rollout.teacher_prompt_hash)
+    if rollout.teacher is not None:
+        record["teacher"] = rollout.teacher
     if rollout.sets is not None:
         record |= {
             "set_sizes": rollout.sets.sizes_S,
@@ -125,6 +129,10 @@ def _features(manifest: StoreManifest) -> Any:
         "response_ids": List(Value("int32")),
         "response_logprobs": List(Value("float32")),
     }
+    if manifest.has_teacher_prompts:
+        columns["teacher_prompt_hash"] = Value("string")
+    if manifest.teachers:
+        columns["teacher"] = Value("string")
     if manifest.has_sets:
         columns |= {name: List(Value("int32")) for name in ("set_sizes", "set_ids")}
         # What float16 holds exactly; float32 spares readers that do not know the type.
@@ -144,7 +152,7 @@ def _manifest(source: Dataset) -> StoreManifest:
 
 def _rollout(record: Mapping[str, Any], manifest: StoreManifest) -> Rollout:
     prompt_ids, response_ids = _ids(record["prompt_ids"]), _ids(record["response_ids"])
-    if _hexadecimal_hash(prompt_ids, response_ids) != record["token_hash"]:
+    if _hexadecimal(token_hash(prompt_ids, response_ids)) != record["token_hash"]:
         raise DataError(
             f"row {str(record['row_id'])!r}: its token ids do not give its hash, so its sets may belong to other "
             "tokens; get the data set again"
@@ -157,6 +165,8 @@ def _rollout(record: Mapping[str, Any], manifest: StoreManifest) -> Rollout:
         finish_reason=record["finish_reason"],
         logprobs_T=None if logprobs is None else np.asarray(logprobs, np.float32),
         sets=_sets(record, manifest) if manifest.has_sets else None,
+        teacher_prompt_hash=int(record["teacher_prompt_hash"], 16) if manifest.has_teacher_prompts else None,
+        teacher=str(record["teacher"]) if manifest.teachers else None,
     )
 
 

@@ -27,6 +27,9 @@ FORMAT_VERSION = 1
 
 # Recorded for people; two stores that differ in these alone hold the same kind of rows.
 NOT_IDENTITY = ("versions", "created")
+# Fingerprints that say more than their value: the teacher saw other prompts; one model of several.
+TEACHER_PROMPTS = "teacher_prompts"
+TEACHER_PREFIX = "teacher:"
 
 
 def _now() -> str:
@@ -43,6 +46,8 @@ class StoreManifest(_Frozen):
     Attributes:
         kind: "teacher" (responses of the teacher) or "gold" (the data set's own).
         fingerprints: name -> fingerprint of what the rows depend on: "tokenizer", "prompts", "teacher", ...
+            With "teacher_prompts" the teacher saw other prompts than the rows have; "teacher:<name>" is one of several
+            teachers, and each row names its own.
         top_p: mass p of the candidate sets (Def. 1), or None if the rows have none. At 1 each set is the whole
             vocabulary, and no ids are stored.
         always_include: token ids that belong to every candidate set.
@@ -83,6 +88,17 @@ class StoreManifest(_Frozen):
     def has_whole_sets(self) -> bool:
         """Whether each set is the whole vocabulary (p = 1)."""
         return self.top_p == 1
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher saw other prompts than the student sees."""
+        return TEACHER_PROMPTS in self.fingerprints
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers where there are several, in alphabetical order."""
+        keys = (key for key in self.fingerprints if key.startswith(TEACHER_PREFIX))
+        return tuple(sorted(key.removeprefix(TEACHER_PREFIX) for key in keys))
 
     @property
     def num_rows(self) -> int:

@@ -160,6 +160,8 @@ class RowGroup:
         self._row_ids: list[str] = table.column("row_id").to_pylist()
         self._finish_reasons: list[Any] = table.column("finish_reason").to_pylist()
         self._token_hashes: NDArray[np.uint64] = table.column("token_hash").to_numpy()
+        self._teacher_hashes = _optional_column(table, "teacher_prompt_hash")
+        self._teachers = _optional_column(table, "teacher")
         self._num_states: NDArray[np.int32] = table.column("num_states").to_numpy()
         self._lists = {
             field.name: _FlatLists(table.column(field.name)) for field in table.schema if pa.types.is_list(field.type)
@@ -187,6 +189,8 @@ class RowGroup:
             finish_reason=reason,
             logprobs_T=self._optional("response_logprobs", row),
             sets=self._sets(row, num_tokens=len(response_ids)) if self._num_states[row] else None,
+            teacher_prompt_hash=None if self._teacher_hashes is None else self._teacher_hashes[row],
+            teacher=None if self._teachers is None else self._teachers[row],
         )
 
     def _optional(self, name: str, row: int) -> NDArray[Any] | None:
@@ -210,6 +214,10 @@ class RowGroup:
             neg_log_mass_S=self._lists["neg_log_mass"].row(row).astype(np.float32),
             logprobs_M=None if logprobs_M is None else logprobs_M.astype(np.float32),
         )
+
+
+def _optional_column(table: pa.Table, name: str) -> list[Any] | None:
+    return table.column(name).to_pylist() if name in table.column_names else None
 
 
 class _FlatLists:

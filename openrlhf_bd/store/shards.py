@@ -6,6 +6,9 @@
     response_length    int32                  T, entries of response_ids
     num_states         int32                  S: T, or T + 1 (see RecordedSets), or 0 without sets
     token_hash         uint64                 BLAKE2b of prompt and response ids (`token_hash`)
+    teacher_prompt_hash uint64                of the prompt that the teacher saw (`prompt_hash`); only in stores whose
+                                              manifest has a fingerprint "teacher_prompts"
+    teacher            string                 which teacher; only in stores of several: fingerprints "teacher:<name>"
     prompt_ids         list<int32>
     response_ids       list<int32>
     response_logprobs  list<float32> | null   nats; teacher stores only
@@ -57,6 +60,11 @@ def token_hash(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32]) -
     return int.from_bytes(digest.digest(), "little")
 
 
+def prompt_hash(prompt_ids: NDArray[np.int32]) -> int:
+    """Hash of a prompt alone: the `token_hash` of a row without a response."""
+    return token_hash(prompt_ids, np.empty(0, np.int32))
+
+
 def arrow_schema(manifest: StoreManifest, store_id: str) -> pa.Schema:
     """Columns of the shards of such a store (see the top of this module)."""
     int_list, half_list = _list_of(pa.int32()), _list_of(pa.float16())
@@ -67,6 +75,7 @@ def arrow_schema(manifest: StoreManifest, store_id: str) -> pa.Schema:
         pa.field("response_length", pa.int32(), nullable=False),
         pa.field("num_states", pa.int32(), nullable=False),
         pa.field("token_hash", pa.uint64(), nullable=False),
+        *_teacher_fields(manifest),
         pa.field("prompt_ids", int_list, nullable=False),
         pa.field("response_ids", int_list, nullable=False),
     ]
@@ -78,6 +87,13 @@ def arrow_schema(manifest: StoreManifest, store_id: str) -> pa.Schema:
     if manifest.has_logprobs:
         fields.append(pa.field("set_logprobs", half_list, nullable=False))
     return pa.schema(fields, metadata={STORE_ID_KEY: store_id.encode()})
+
+
+def _teacher_fields(manifest: StoreManifest) -> Iterator[pa.Field]:
+    if manifest.has_teacher_prompts:
+        yield pa.field("teacher_prompt_hash", pa.uint64(), nullable=False)
+    if manifest.teachers:
+        yield pa.field("teacher", pa.string(), nullable=False)
 
 
 def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
@@ -94,6 +110,10 @@ def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
         found = "log-probabilities, expected none in a gold store"
     elif logprobs_T is not None and (len(logprobs_T) != num_tokens or np.isnan(logprobs_T).any()):
         found = f"{len(logprobs_T)} log-probabilities, expected {num_tokens} numbers"
+    elif (rollout.teacher_prompt_hash is not None) != manifest.has_teacher_prompts:
+        found = f"{'no ' if manifest.has_teacher_prompts else ''}hash of a teacher's prompt, unlike the manifest"
+    elif rollout.teacher not in (manifest.teachers or (None,)):
+        found = f"teacher {rollout.teacher!r}, expected one of {manifest.teachers or 'a store without names'}"
     elif (sets is not None) != manifest.has_sets:
         found = f"{'no ' if sets is None else ''}candidate sets, though the store's top_p is {manifest.top_p}"
     elif sets is not None and sets.is_whole != manifest.has_whole_sets:
@@ -165,6 +185,8 @@ def _encode(rollouts: Sequence[Rollout], schema: pa.Schema) -> pa.Table:
         "response_length": [len(rollout.response_ids) for rollout in rollouts],
         "num_states": [rollout.sets.num_states if rollout.sets else 0 for rollout in rollouts],
         "token_hash": [token_hash(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts],
+        "teacher_prompt_hash": [rollout.teacher_prompt_hash for rollout in rollouts],
+        "teacher": [rollout.teacher for rollout in rollouts],
         "prompt_ids": [rollout.prompt_ids for rollout in rollouts],
         "response_ids": [rollout.response_ids for rollout in rollouts],
         "response_logprobs": [rollout.logprobs_T for rollout in rollouts],

@@ -62,6 +62,7 @@ class StoreSummary:
         mean_response_length: tokens.
         response_length_quantiles: quantile -> tokens, for QUANTILES.
         finish_reasons: reason -> rows.
+        rows_by_teacher: name of the teacher -> rows; empty where there is one.
         num_states: states with a candidate set.
         sets: sizes and masses of the candidate sets; None where the store has none, or where each is the whole
             vocabulary (p = 1).
@@ -77,6 +78,7 @@ class StoreSummary:
     mean_response_length: float
     response_length_quantiles: dict[float, int]
     finish_reasons: dict[str, int]
+    rows_by_teacher: dict[str, int]
     num_states: int
     sets: SetSummary | None
 
@@ -87,12 +89,15 @@ def summary(reader: StoreReader) -> StoreSummary:
     Raises:
         StoreError: a row is damaged.
     """
-    finish_reasons: Counter[str] = Counter()
     sets, manifest = _SetCounts(), reader.manifest
+    finish_reasons: Counter[str] = Counter()
+    rows_by_teacher = Counter(dict.fromkeys(manifest.teachers, 0))
     has_listed_sets = manifest.has_sets and not manifest.has_whole_sets
     for rollouts in reader.scan():
         for rollout in rollouts:
             finish_reasons[rollout.finish_reason] += 1
+            if rollout.teacher is not None:
+                rows_by_teacher[rollout.teacher] += 1
             if rollout.sets is not None and has_listed_sets:
                 sets.add(rollout, rollout.sets)
     num_response_tokens = int(reader.response_lengths.sum(dtype=np.int64))
@@ -107,6 +112,7 @@ def summary(reader: StoreReader) -> StoreSummary:
         mean_response_length=_ratio(num_response_tokens, len(reader)),
         response_length_quantiles=_quantiles(np.bincount(reader.response_lengths)),
         finish_reasons=dict(sorted(finish_reasons.items())),
+        rows_by_teacher=dict(rows_by_teacher),
         num_states=int(reader.num_states.sum(dtype=np.int64)),
         sets=sets.summary(has_logprobs=manifest.has_logprobs) if has_listed_sets else None,
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from openrlhf_bd.engines.actor import GenerationEngine
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.records import Rollout
+from openrlhf_bd.store.shards import prompt_hash
 from openrlhf_bd.teacher.recorder import generation_args, scoring_args
 from openrlhf_bd.teacher.requests import RolloutRequest
 from openrlhf_bd.teacher.states import NO_TOKEN, RecordedStates
@@ -46,7 +47,8 @@ class TeacherEngine(GenerationEngine):
             top_p: nucleus of the sampler; it does not change what is recorded.
 
         Returns:
-            R rollouts with log-probabilities, and with sets if the engine records them.
+            R rollouts with log-probabilities, and with sets if the engine records them. They have the student's
+            prompts, and a hash of the teacher's where that is another.
 
         Raises:
             DataError: a prompt is empty, or leaves less room than its max_new_tokens.
@@ -54,7 +56,7 @@ class TeacherEngine(GenerationEngine):
         rows = [next(self._rows) for _ in requests]
         params = [
             self._sampling_params(
-                max_tokens=request.max_new_tokens + self._spare(len(request.prompt_ids) + request.max_new_tokens),
+                max_tokens=request.max_new_tokens + self._spare(len(request.seen_by_teacher) + request.max_new_tokens),
                 temperature=temperature,
                 top_p=top_p,
                 seed=request.seed,
@@ -62,29 +64,34 @@ class TeacherEngine(GenerationEngine):
             )
             for row, request in zip(rows, requests, strict=True)
         ]
-        outputs, recorded = self._run_recorded([request.prompt_ids for request in requests], params, rows)
+        outputs, recorded = self._run_recorded([request.seen_by_teacher for request in requests], params, rows)
         return [
             self._rollout(request, output.outputs[0].token_ids, states)
             for request, output, states in zip(requests, outputs, recorded, strict=True)
         ]
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    def score(
+        self, rollouts: Sequence[Rollout], teacher_prompts: Sequence[NDArray[np.int32] | None] | None = None
+    ) -> list[Rollout]:
         """The teacher's log-probabilities and sets on given responses, from one pass over the tokens.
 
         Args:
             rollouts: R rollouts, of any origin.
+            teacher_prompts: for each the prompt under which the teacher sees the response; None: the rollout's own.
 
         Returns:
             R rollouts of the same tokens with logprobs_T, and with sets if the engine records them: T of them, or T + 1
-            for a response cut at a length that leaves the model one more position.
+            for a response cut at a length that leaves the model one more position. The prompts stay the rollouts' own.
 
         Raises:
             DataError: prompt and response together are longer than the engine takes, or one of them is empty.
         """
         rows = [next(self._rows) for _ in rollouts]
         prompts, params = [], []
-        for row, rollout in zip(rows, rollouts, strict=True):
-            num_prompt, num_response = len(rollout.prompt_ids), len(rollout.response_ids)
+        seen = list(teacher_prompts) if teacher_prompts is not None else [None] * len(rollouts)
+        for row, rollout, teacher_ids in zip(rows, rollouts, seen, strict=True):
+            prompt_ids = rollout.prompt_ids if teacher_ids is None else teacher_ids
+            num_prompt, num_response = len(prompt_ids), len(rollout.response_ids)
             if not num_prompt or not num_response:
                 raise DataError(
                     f"row {rollout.row_id}: found {num_prompt} prompt and {num_response} response tokens, expected at "
@@ -92,7 +99,7 @@ class TeacherEngine(GenerationEngine):
                 )
             # The last token's own state is only of use to a cut response.
             spare = self._spare(num_prompt + num_response) if rollout.finish_reason == "length" else 0
-            tokens = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+            tokens = np.concatenate([prompt_ids, rollout.response_ids])
             prompts.append(tokens if spare else tokens[:-1])
             taken = [*rollout.response_ids.tolist(), *([NO_TOKEN] * spare)]
             params.append(
@@ -105,7 +112,10 @@ class TeacherEngine(GenerationEngine):
                 )
             )
         _, recorded = self._run_recorded(prompts, params, rows)
-        return [_with_states(rollout, states) for rollout, states in zip(rollouts, recorded, strict=True)]
+        return [
+            _with_states(replace(rollout, teacher_prompt_hash=_prompt_hash(teacher_ids)), states)
+            for rollout, teacher_ids, states in zip(rollouts, seen, recorded, strict=True)
+        ]
 
     def _start(self) -> None:
         super()._start()
@@ -134,8 +144,19 @@ class TeacherEngine(GenerationEngine):
                 "or other tokens in them, expected the same; the recorder does not fit this version of vLLM"
             )
         completion = self._completion(token_ids[: request.max_new_tokens])
-        rollout = Rollout(request.row_id, request.prompt_ids, completion.token_ids, completion.finish_reason)
+        rollout = Rollout(
+            row_id=request.row_id,
+            prompt_ids=request.prompt_ids,
+            response_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            teacher_prompt_hash=_prompt_hash(request.teacher_ids),
+            teacher=request.teacher,
+        )
         return _with_states(rollout, states)
+
+
+def _prompt_hash(teacher_ids: NDArray[np.int32] | None) -> int | None:
+    return None if teacher_ids is None else prompt_hash(teacher_ids)
 
 
 def _with_states(rollout: Rollout, states: RecordedStates) -> Rollout:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.records import Prompt
 
@@ -20,15 +21,24 @@ class RolloutRequest:
 
     Attributes:
         row_id: "<prompt_id>:<sample>".
-        prompt_ids: prompt tokens.
+        prompt_ids: prompt tokens, as the student sees them.
         seed: of this request's sampler.
         max_new_tokens: longest response.
+        teacher_ids: prompt tokens as the teacher sees them; None: as the student does.
+        teacher: name of the teacher, where a store has several.
     """
 
     row_id: str
     prompt_ids: NDArray[np.int32]
     seed: int
     max_new_tokens: int
+    teacher_ids: NDArray[np.int32] | None = None
+    teacher: str | None = None
+
+    @property
+    def seen_by_teacher(self) -> NDArray[np.int32]:
+        """The prompt that the engine gets."""
+        return self.prompt_ids if self.teacher_ids is None else self.teacher_ids
 
 
 def rollout_requests(
@@ -36,21 +46,18 @@ def rollout_requests(
 ) -> Iterator[RolloutRequest]:
     """One request a row, the samples of a prompt side by side so that they share its cache.
 
+    A response has room in the student's sequence and in the teacher's.
+
     Args:
         prompts: prompts.
-        config: `rollout`, `data.max_len`, `train.seed`.
+        config: `rollout`, `data.max_len`, `teacher.max_len`, `train.seed`.
         completed: row ids to leave out.
 
     Raises:
         DataError: a prompt leaves no room for a response.
     """
     for prompt in prompts:
-        room = config.data.max_len - len(prompt.token_ids)
-        if room < 1:
-            raise DataError(
-                f"prompt {prompt.prompt_id}: found {len(prompt.token_ids)} tokens, expected fewer than --data.max_len "
-                f"{config.data.max_len}, which holds prompt and response; raise it, or lower --data.max_prompt_len"
-            )
+        room = _room(prompt, config)
         limit = config.rollout.max_new_tokens
         for sample in range(config.rollout.n_samples_per_prompt):
             row_id = f"{prompt.prompt_id}:{sample}"
@@ -60,7 +67,28 @@ def rollout_requests(
                     prompt_ids=prompt.token_ids,
                     seed=row_seed(config.train.seed, row_id),
                     max_new_tokens=room if limit is None else min(room, limit),
+                    teacher_ids=prompt.teacher_ids,
+                    teacher=prompt.teacher,
                 )
+
+
+def _room(prompt: Prompt, config: Config) -> int:
+    """Tokens that a response to a prompt may have."""
+    room = config.data.max_len - len(prompt.token_ids)
+    if room < 1:
+        raise DataError(
+            f"prompt {prompt.prompt_id}: found {len(prompt.token_ids)} tokens, expected fewer than --data.max_len "
+            f"{config.data.max_len}, which holds prompt and response; raise it, or lower --data.max_prompt_len"
+        )
+    if prompt.teacher_ids is None:
+        return room
+    length, num_seen = teacher_length(config), len(prompt.teacher_ids)
+    if num_seen >= length:
+        raise DataError(
+            f"prompt {prompt.prompt_id}: found {num_seen} tokens as the teacher sees it, expected fewer than "
+            f"--teacher.max_len {length}, which holds prompt and response; raise it"
+        )
+    return min(room, length - num_seen)
 
 
 def row_seed(seed: int, row_id: str) -> int:

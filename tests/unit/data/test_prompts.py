@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.limits import prompt_limit
 from openrlhf_bd.data.prompts import (
     gold_rollouts,
     load_evaluation_prompts,
     load_prompts,
     parse_test_datasets,
-    prompt_limit,
 )
 from openrlhf_bd.data.templates import format_prompt
 from openrlhf_bd.errors import ConfigError, DataError

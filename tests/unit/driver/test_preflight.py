@@ -11,8 +11,9 @@ from rich.console import Console
 import openrlhf_bd.demo
 from openrlhf_bd.cli.flags import main_guard, parse_config
 from openrlhf_bd.cli.main import main
-from openrlhf_bd.driver.preflight import preflight, tokenizer_differences
+from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.resources import check_cluster
+from openrlhf_bd.driver.teachers import tokenizer_differences
 from openrlhf_bd.errors import ConfigError, ResourceError
 
 TOKENIZER = Path(openrlhf_bd.demo.__file__).parent / "teacher"

@@ -154,6 +154,7 @@ def make_store_summary() -> StoreSummary:
         bytes_per_token=24.4,
         mean_response_length=410.0,
         response_length_quantiles={0.5: 400, 0.9: 480, 0.99: 500, 1.0: 512},
+        rows_by_teacher={},
         finish_reasons={"length": 4, "stop": 96},
         num_states=41_004,
         sets=SetSummary(

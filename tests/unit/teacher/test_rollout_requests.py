@@ -1,5 +1,7 @@
 """`teacher.generate`: which rows a job asks for, with which seeds and limits, in which batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,3 +68,26 @@ def test_batches_are_small_enough_to_commit_often_and_large_enough_to_fill_an_en
 ) -> None:
     """A batch is a sixteenth of an engine's share, between max_num_seqs / 4 and 4 max_num_seqs."""
     assert batch_rows(num_rows, num_engines=num_engines, max_num_seqs=256) == expected
+
+
+def test_teacher_s_prompt_travels_with_the_request_and_takes_room() -> None:
+    """The engine gets the teacher's prompt, the row keeps the student's; a response fits beside both."""
+    seen = np.arange(100, 112, dtype=np.int32)
+    asked = replace(prompt("a", 2), teacher_ids=seen, teacher="sums")
+    wide = Config.model_validate({"data": {"max_len": 10}, "teacher": {"max_len": 15}})
+    (request,) = rollout_requests([asked], config=wide)
+    np.testing.assert_array_equal(request.seen_by_teacher, seen)
+    np.testing.assert_array_equal(request.prompt_ids, asked.token_ids)
+    assert request.teacher == "sums"
+    # min(10 - 2, 15 - 12)
+    assert request.max_new_tokens == 3
+    (plain,) = rollout_requests([prompt("a", 2)], config=wide)
+    np.testing.assert_array_equal(plain.seen_by_teacher, plain.prompt_ids)
+    assert plain.max_new_tokens == 8
+
+
+def test_teacher_s_prompt_that_leaves_no_room_is_named() -> None:
+    """A prompt that fills teacher.max_len raises an error that names it and the option."""
+    asked = replace(prompt("a", 2), teacher_ids=np.arange(10, dtype=np.int32))
+    with pytest.raises(DataError, match=r"prompt a: found 10 tokens as the teacher sees it.*--teacher\.max_len 10"):
+        list(rollout_requests([asked], config=config()))
