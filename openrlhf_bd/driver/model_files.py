@@ -154,12 +154,12 @@ def _read_json(path: Path, option: str) -> dict[str, Any]:
 
 def _hub_files(name: str, option: str) -> list[str]:
     """Files of a model on the hub; where the hub cannot be reached, those of its local copy."""
+    from httpx import HTTPError
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().list_repo_files(name)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     try:
         return [path.name for path in Path(snapshot_download(name, local_files_only=True)).iterdir()]
