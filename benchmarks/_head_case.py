@@ -35,7 +35,9 @@ CASES: dict[str, dict[str, object]] = {
     "sets only, shift constant": {"preset": "robust", "q_shift": "constant", **NO_TAIL},
     "sets only, shift topp_max": {"preset": "robust", "q_shift": "topp_max", **NO_TAIL},
     "paper": {"preset": "paper"},
+    "paper, all metrics": {"preset": "paper", "full_diagnostics": True},
     "robust, exact tail": {"preset": "robust"},
+    "robust, exact tail, all metrics": {"preset": "robust", "full_diagnostics": True},
     "robust, sampled tail": {"preset": "robust", "tail_estimator": "sampled"},
     "cross-entropy": {},
     "forward KL": {},
@@ -172,6 +174,7 @@ def make_step(case: str, side: str, inputs: Inputs, *, seed: int = 0) -> Callabl
 
 def _bellman(case: str, side: str, inputs: Inputs, seed: int) -> Tensor:
     values = dict(CASES[case])
+    full_diagnostics = bool(values.pop("full_diagnostics", False))
     options = objective_options(str(values.pop("preset")), **values)
     return bellman_loss(
         build_head(inputs, side),
@@ -182,7 +185,7 @@ def _bellman(case: str, side: str, inputs: Inputs, seed: int) -> Tensor:
         num_rows=1.0 + float(inputs.trajectories.row_S[-1]),
         shift_constant=LEVEL,
         generator=torch.Generator().manual_seed(seed),
-        full_diagnostics=False,
+        full_diagnostics=full_diagnostics,
     ).loss
 
 

@@ -51,7 +51,7 @@ def _student_and_gap(walk: Walk, teacher: StudentHead, teacher_R: Tensor) -> tup
         z_RC = _teacher_block(tile, walk.states_R, teacher)
         p_RC = torch.exp(z_RC - teacher_R[tile.rows, None])
         gap_R[tile.rows] += p_RC.mul_(z_RC.sub_(tile.z_RC)).sum(dim=1)
-        running.add_rows_(tile.rows, Moments.of_tile(tile))
+        running.add_tile_(tile)
     return running, gap_R
 
 

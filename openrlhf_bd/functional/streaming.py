@@ -49,12 +49,24 @@ class Moments:
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.max_R, self.total_R, self.first_R, self.argmax_R
 
-    def add_rows_(self, rows: slice, other: Moments) -> None:
-        """Add other ids of a range of rows, in place."""
-        for mine_R, new in zip(
-            self._parts, Moments(*(x_R[rows] for x_R in self._parts)).plus(other)._parts, strict=True
-        ):
-            mine_R[rows] = new
+    def add_tile_(self, tile: Tile) -> None:
+        """Add the elements of a tile, in place; the tile is overwritten."""
+        z_RC, ids = tile.z_RC, tile.ids
+        max_R, total_R, first_R, argmax_R = (x_R[tile.rows] for x_R in self._parts)  # views
+        new_max_R = torch.maximum(max_R, z_RC.amax(dim=1))
+        # A maximum is beaten a few times in a walk, and where it is not nobody need know which id came nearest.
+        beaten = torch.nonzero(new_max_R > max_R)[:, 0]
+        column = z_RC[beaten].argmax(dim=1)
+        argmax_R[beaten] = ids.start + column if isinstance(ids, slice) else ids[column]
+
+        change_R = max_R - new_max_R
+        factor_R = torch.exp(change_R)
+        first_R.add_(change_R * total_R).mul_(factor_R)
+        total_R.mul_(factor_R)
+        max_R.copy_(new_max_R)
+        weight_RC = torch.exp(z_RC.sub_(new_max_R[:, None]), out=tile.scratch_RC)
+        total_R += weight_RC.sum(dim=1)
+        first_R += weight_RC.mul_(z_RC).sum(dim=1)
 
     def plus(self, other: Moments) -> Moments:
         """Of the ids of both; they have none in common."""
@@ -75,16 +87,6 @@ class Moments:
     def entropy(self) -> Tensor:
         """Of softmax(z), [R], nats."""
         return torch.log(self.total_R) - self.first_R / self.total_R
-
-    @staticmethod
-    def of_tile(tile: Tile) -> Moments:
-        """Of the elements of a tile, which is overwritten."""
-        z_RC, ids = tile.z_RC, tile.ids
-        max_R, column_R = z_RC.max(dim=1)
-        weight_RC = torch.exp(z_RC.sub_(max_R[:, None]), out=tile.scratch_RC)
-        total_R = weight_RC.sum(dim=1)
-        first_R = weight_RC.mul_(z_RC).sum(dim=1)
-        return Moments(max_R, total_R, first_R, ids.start + column_R if isinstance(ids, slice) else ids[column_R])
 
     @staticmethod
     def of_pairs(z_M: Tensor, row_M: Tensor, id_M: Tensor, num_rows: int) -> Moments:
@@ -163,7 +165,7 @@ def walk_moments(
             pairs, flat_M = tile.excluded
             left_M[pairs] = z_RC.view(-1)[flat_M]
             z_RC.view(-1).index_fill_(0, flat_M, FLOOR)
-        running.add_rows_(tile.rows, Moments.of_tile(tile))
+        running.add_tile_(tile)
     if excluded is None or left_M is None:
         return running, None
     return running, Moments.of_pairs(left_M, excluded.row_M, excluded.ids_M, len(walk.states_R))
