@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bellman Distill on a GPU cluster: Qwen2.5-3B-Instruct -> Qwen2.5-0.5B on Dolly, 8 GPUs a node. Exit status: the job's.
+# Bellman Distill on a GPU cluster: Qwen2.5-3B -> Qwen2.5-0.5B on Dolly, 8 GPUs a node. Exit status: the job's.
 #
 #   ray start --head --num-gpus 8 --dashboard-host 127.0.0.1     # on the head; other nodes: ray start --address HEAD:6379
 #   launch/train_bd_ray.sh

@@ -255,7 +255,7 @@ class TrainConfig(Section):
     max_tokens_per_gpu: PositiveInt = Field(16192, description="tokens of a dynamic micro-batch")
     max_epochs: PositiveInt = Field(1, description="passes over the rows")
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps, whatever the epochs")
-    seed: int = Field(42, description="seed of order, sampling and initialisation")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="seed of order, sampling and initialisation")
     full_determinism_enable: bool = Field(False, description="deterministic kernels")
     enable_ema: bool = Field(
         False, description="validate and save a running average of the weights instead of the weights themselves"
@@ -301,9 +301,11 @@ class CkptConfig(Section):
 
     output_dir: str = Field("./ckpt", description="folder of the run: student, metrics, report")
     path: str | None = Field(None, description="folder of the checkpoints; none: <ckpt.output_dir>/checkpoints")
-    save_steps: Interval = Field(-1, description="checkpoint every so many steps; -1: only at the end")
+    save_steps: Interval = Field(
+        -1, description="checkpoint every so many steps; -1: none, a killed training starts anew"
+    )
     save_hf: bool = Field(False, description="also save each checkpoint as a Hugging Face model")
-    disable_ds: bool = Field(False, description="no DeepSpeed checkpoints")
+    disable_ds: bool = Field(False, description="no DeepSpeed checkpoints; ckpt.save_hf still saves models")
     max_num: PositiveInt = Field(3, description="checkpoints kept")
     max_mem: Positive = Field(float("inf"), allow_inf_nan=True, description="GB of checkpoints kept")
     load_enable: bool = Field(False, description="start from checkpoints of another run in ckpt.path")

@@ -8,6 +8,7 @@ from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.bd import BellmanDistill
 from openrlhf_bd.algorithms.registry import register_algorithm
 from openrlhf_bd.config import DistillConfig
+from openrlhf_bd.errors import ConfigError
 
 # What is left of the Bellman objective without its temporal difference. The shift and the clip of Q are then without
 # meaning: a cross-entropy does not depend on the level of the logits.
@@ -38,8 +39,17 @@ class WordDistill(BellmanDistill):
     """
 
     def __init__(self, options: DistillConfig, stop_ids: Sequence[int], shift_constant: float | None = None) -> None:
-        super().__init__(options.model_copy(update=KD_OPTIONS), stop_ids, shift_constant)
+        super().__init__(_kd_options(options), stop_ids, shift_constant)
 
     @classmethod
     def needs_of(cls, options: DistillConfig) -> Needs:
-        return super().needs_of(options.model_copy(update=KD_OPTIONS))
+        return super().needs_of(_kd_options(options))
+
+
+def _kd_options(options: DistillConfig) -> DistillConfig:
+    if options.top_p == 1:
+        raise ConfigError(
+            f"--algo.distill.name {options.name} with --algo.distill.top_p 1 needs the teacher's log-probability of "
+            "every token of the vocabulary, which no store holds; use a top_p below 1 (0.999 keeps nearly all)"
+        )
+    return options.model_copy(update=KD_OPTIONS)

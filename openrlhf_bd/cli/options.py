@@ -121,10 +121,12 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterable[Option]:
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that a person most likely meant, or None."""
     known = list(candidates)
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if matches:
-        return matches[0]
-    # The last part alone is often right while its section is not: --batch_size, --actor.learning_rate.
+        # Of equally near ones the first that is declared.
+        ratios = {match: difflib.SequenceMatcher(None, match, word).ratio() for match in matches}
+        return min(matches, key=lambda match: (-ratios[match], known.index(match)))
+    # The last part alone is often right while its section is not: --batch_size, --student.max_norm.
     last = word.rpartition(".")[2]
     by_last_part = {name.rpartition(".")[2]: name for name in reversed(known)}
     matches = difflib.get_close_matches(last, list(by_last_part), n=1, cutoff=0.75)

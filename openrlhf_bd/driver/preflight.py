@@ -5,12 +5,14 @@ Cheap checks come first: options among themselves, then model files, then tokeni
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, SchedulerType
 
@@ -56,6 +58,10 @@ from openrlhf_bd.evaluation.checker import load_checker
 _PRETRAIN_RECORDS = 1000
 # Schedules that ask for more than the number of a step, which does not reach them: a metric, or steps of the decay.
 _OTHER_SCHEDULES = ("greedy", "reduce_lr_on_plateau", "warmup_stable_decay")
+_ATTENTIONS = (
+    *("auto", "sdpa", "eager", "flex_attention"),
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+)
 # A stored response token at top_p 0.95: ids of its candidates, their log-probabilities, and what every token has.
 _STORE_BYTES_PER_TOKEN = 40
 
@@ -86,7 +92,7 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
             f"nothing to do: either --eval.test_datasets names no test set, or --algo.distill.name "
             f"{config.algo.distill.name} learns from the data set's own responses and needs none of the teacher's"
         )
-    _check_options(config, stages)
+    _check_options(config, stages, needs)
     models = _check_models(config, stages)
     if "generate" in stages:
         check_stop_tokens(config)
@@ -118,7 +124,7 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
     )
 
 
-def _check_options(config: Config, stages: Sequence[Stage]) -> None:
+def _check_options(config: Config, stages: Sequence[Stage], needs: Needs) -> None:
     prompt_limit(config)
     teacher_length(config)
     if config.eval.checker is not None:
@@ -127,7 +133,17 @@ def _check_options(config: Config, stages: Sequence[Stage]) -> None:
         parse_test_datasets(config.eval.test_datasets)
     _check_output_folder(Path(config.ckpt.output_dir))
     if "train" in stages:
+        _check_recorded(config, needs)
         _check_training_options(config)
+
+
+def _check_recorded(config: Config, needs: Needs) -> None:
+    if needs.candidate_logprobs and not config.teacher.record_logprobs:
+        raise ConfigError(
+            f"--teacher.record_logprobs false: --algo.distill.name {config.algo.distill.name} with these options needs "
+            "the candidates' log-probabilities; use --teacher.record_logprobs true"
+            + (", or --algo.distill.linear_term sampled" if config.algo.distill.name == "bd" else "")
+        )
 
 
 def _check_training_options(config: Config) -> None:
@@ -146,6 +162,17 @@ def _check_training_options(config: Config) -> None:
     if config.actor.lr_scheduler not in schedules:
         raise ConfigError(
             f"--actor.lr_scheduler is {config.actor.lr_scheduler!r}; expected one of {', '.join(schedules)}"
+        )
+    if not all(0 <= beta < 1 for beta in config.actor.adam.betas):
+        found = " ".join(f"{beta:g}" for beta in config.actor.adam.betas)
+        raise ConfigError(f"--actor.adam.betas is {found}; expected 2 numbers of at least 0 and less than 1")
+    attention = config.ds.attn_implementation
+    # A name with a slash is that of a kernel on the hub.
+    if attention not in _ATTENTIONS and "/" not in attention:
+        guess = difflib.get_close_matches(attention, _ATTENTIONS, n=1)
+        raise ConfigError(
+            f"--ds.attn_implementation is {attention!r}; expected one of {', '.join(_ATTENTIONS)}"
+            + (f"; did you mean {guess[0]}?" if guess else "")
         )
     if config.ds.attn_implementation.startswith("flash_attention") and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
@@ -301,6 +328,7 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
         found += teacher_warnings(config, tables["train"])
     if "train" not in stages:
         return found
+    found += [f"{option} has no effect without {switch}" for option, switch in _without_effect(config)]
     if warning := unheld_logits(config, needs):
         found.append(warning)
     if config.actor.optim == "muon" and config.actor.adam.weight_decay > 0:
@@ -310,6 +338,29 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
     rows = len(tables["train"].prompts) * (config.rollout.n_samples_per_prompt if needs.rollouts == "teacher" else 1)
     if rows < config.train.batch_size:
         found.append(f"--train.batch_size {config.train.batch_size} is more than the {rows} rows: one step is an epoch")
+    return found
+
+
+def _without_effect(config: Config) -> list[tuple[str, str]]:
+    """Options that are not as by default, and that belong to something which is off; with what turns it on."""
+    plain = Config()
+    pairs: list[tuple[str, Any, Any, str]] = []
+    if config.ds.lora.rank == 0:
+        pairs.append(("--ds.lora", config.ds.lora, plain.ds.lora, "--ds.lora.rank"))
+    if config.actor.optim != "muon":
+        pairs.append(("--actor.muon", config.actor.muon, plain.actor.muon, "--actor.optim muon"))
+    found = [
+        (f"{section}.{name}", switch)
+        for section, given, default, switch in pairs
+        for name in type(given).model_fields
+        if getattr(given, name) != getattr(default, name)
+    ]
+    if not config.train.enable_ema and config.train.ema_beta != plain.train.ema_beta:
+        found.append(("--train.ema_beta", "--train.enable_ema"))
+    if config.train.pretrain_batch_size is not None and not uses_pretrain(config):
+        found.append(("--train.pretrain_batch_size", "--data.pretrain_dataset"))
+    if config.eval.teacher_nll and config.eval.test_datasets is None:
+        found.append(("--eval.teacher_nll", "--eval.test_datasets"))
     return found
 
 

@@ -18,6 +18,7 @@ from openrlhf_bd.driver.cluster import placed, wait_for
 from openrlhf_bd.driver.engines import student_engines
 from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.progress import console, stage_progress
+from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.evaluate import validate
 from openrlhf_bd.records import Prompt
 from openrlhf_bd.store import StoreReader
@@ -102,9 +103,35 @@ def num_steps(config: Config, num_rows: int) -> tuple[int, int]:
     return (min(total, config.train.max_steps) if config.train.max_steps else total), per_epoch
 
 
+def check_start(start_step: int, num_steps: int, *, tag: str | None, config: Config) -> None:
+    """Refuse a checkpoint of more steps than the run has: nothing would be trained.
+
+    Args:
+        start_step: steps that the checkpoint has behind it; 0 without one.
+        num_steps: of the run.
+        tag: the checkpoint's.
+        config: options of the job.
+
+    Raises:
+        ConfigError: it is another run's checkpoint (--ckpt.load_enable), of a longer one.
+    """
+    if start_step > num_steps:
+        raise ConfigError(
+            f"--ckpt.path {checkpoint_folder(config)}: checkpoint {tag} has {start_step} steps behind it and this run "
+            f"has {num_steps}, so nothing would be trained; give more steps, or start from that run's student by "
+            "--actor.model_name_or_path without --ckpt.load_enable"
+        )
+
+
 def saves_checkpoints(config: Config) -> bool:
     """Whether a run leaves checkpoints to resume from."""
     return config.ckpt.save_steps > 0 and not config.ckpt.disable_ds
+
+
+def is_checkpoint_step(config: Config, step: int) -> bool:
+    """Whether a step is followed by a checkpoint, the student as a Hugging Face model (ckpt.save_hf), or both."""
+    ckpt = config.ckpt
+    return ckpt.save_steps > 0 and (ckpt.save_hf or not ckpt.disable_ds) and step % ckpt.save_steps == 0
 
 
 class Training:
@@ -147,7 +174,7 @@ class Training:
         return bool(self._engines) and (step % every == 0 or step == self._total)
 
     def _is_checkpoint_step(self, step: int) -> bool:
-        return saves_checkpoints(self._config) and step % self._config.ckpt.save_steps == 0
+        return is_checkpoint_step(self._config, step)
 
     def _validate(self, step: int) -> None:
         tag = f"best_global_step{step}"
@@ -239,6 +266,7 @@ def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
             ranks.async_run_method("load_checkpoint", tag), timeout_s=timeout_s, what=f"checkpoint {tag} to load"
         )[0]
         start_step = states.get("step", 0)
+        check_start(start_step, total, tag=tag, config=config)
         truncate_metrics(folder / METRICS_FILE, after_step=start_step)
         log = MetricsLog(config, folder)
         try:

@@ -43,7 +43,9 @@ def at_most(name: str, count_S: Tensor, weight_S: Tensor) -> Metrics:
         bounds = torch.tensor(BOUNDS, device=count_S.device)
         in_bin = torch.zeros(len(BOUNDS) + 1, dtype=torch.float64, device=count_S.device)
         in_bin.index_add_(0, torch.bucketize(count_S, bounds), weight_S)
-        totals, weight = in_bin.cumsum(0), weight_S.sum()
+        # Not cumsum: deterministic algorithms (--train.full_determinism_enable) refuse that of floats on CUDA.
+        up_to = in_bin.new_ones(len(in_bin), len(in_bin)).tril()
+        totals, weight = (up_to * in_bin).sum(dim=1), weight_S.sum()
         return {f"{name}{AT_MOST}{bound}": (totals[index], weight) for index, bound in enumerate(BOUNDS)}
 
 

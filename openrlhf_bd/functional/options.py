@@ -83,6 +83,11 @@ def _refuse_without_effect(options: BellmanOptions) -> None:
             f"--algo.distill.td_warmup_steps {options.td_warmup_steps} warms up the regulariser's weight, and "
             "--algo.distill.regulariser is none; use td_warmup_steps 0, or a regulariser (chi2)"
         )
+    if options.tail_estimator == "sampled" and options.top_p == 1:
+        raise ConfigError(
+            "--algo.distill.tail_estimator sampled with --algo.distill.top_p 1: no mass is outside the sets, so there "
+            "is no tail term to compute; leave the option out, or use a top_p below 1"
+        )
     if options.tail_coef == 0 and (options.tail_estimator == "sampled" or options.tail_tolerance > 0):
         name = "tail_estimator sampled" if options.tail_estimator == "sampled" else "tail_tolerance above 0"
         raise ConfigError(

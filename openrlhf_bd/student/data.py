@@ -84,8 +84,8 @@ def plan_cut(
         return None
     if needs.candidate_logprobs and not manifest.has_logprobs:
         raise ConfigError(
-            f"{store}: the candidates' log-probabilities were not recorded, but --algo.distill.linear_term "
-            f"{options.linear_term} needs them; generate the data with --teacher.record_logprobs"
+            f"{store}: the candidates' log-probabilities were not recorded, but --algo.distill.name {options.name} "
+            "needs them (bd: for --algo.distill.linear_term expected); generate the data with --teacher.record_logprobs"
         )
     if options.top_p > manifest.top_p:
         raise ConfigError(
@@ -217,7 +217,13 @@ class StudentData:
         ]
 
     def _collate(self, rollouts: Sequence[Rollout], blocks: NDArray[np.int64], *, weight: float) -> MicroBatch:
-        texts = {f"pre-training block {block}": self._blocks[block] for block in blocks.tolist()}
+        texts: dict[str, NDArray[np.integer]] = {}
+        for block in blocks.tolist():
+            name = f"pre-training block {block}"
+            # Where a step spans two epochs of the text, a micro-batch can have a block twice, and both count.
+            while name in texts:
+                name += " again"
+            texts[name] = self._blocks[block]
         with_sets = self._needs.candidate_sets
         check_vocabulary(rollouts, texts, vocab_size=self._vocab_size)
         if with_sets:

@@ -83,9 +83,15 @@ def check_attention(config: Config, family: str) -> None:
     """Refuse an --ds.attn_implementation that cannot train this family as the options say.
 
     Raises:
-        ConfigError: flex_attention on CPUs, or packed rows of a family that would see each other.
+        ConfigError: flex_attention on CPUs, flash attention of fp32, or packed rows of a family that would see each
+            other.
     """
     name = config.ds.attn_implementation
+    if name.startswith("flash_attention") and config.ds.param_dtype == "fp32":
+        raise ConfigError(
+            f"--ds.attn_implementation {name} with --ds.param_dtype fp32: its kernels compute bf16 and fp16 alone; use "
+            "sdpa, or another type of parameters"
+        )
     if name == "flex_attention" and is_cpu():
         raise ConfigError(
             "--ds.attn_implementation flex_attention: PyTorch has no backward pass of it on CPUs; use sdpa"

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Batches that each engine gets of a small job: enough to see progress, and for engines to end at about the same time.
 BATCHES_PER_ENGINE = 16
+# Engines lost, for each that the job has, before any row came back: then it is no accident, and no single prompt.
+LOSSES_BEFORE_ANY_ROW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,8 @@ def generate_teacher_data(
 
     Raises:
         DataError: a prompt leaves no room for a response.
-        ClusterError: no engine is left, or more rows were quarantined than --teacher.max_quarantined_rows allows.
-            Committed rows stay: run again to go on.
+        ClusterError: no engine is left, engines are lost again and again before any row comes back, or more rows were
+            quarantined than --teacher.max_quarantined_rows allows. Committed rows stay: run again to go on.
         StoreError: rows could not be written.
     """
     return _Job(prompts, engines, writer, config, replace_engine, on_progress).run()
@@ -149,6 +151,7 @@ class _Job:
         self._replace_engine, self._on_progress = replace_engine, on_progress
         self._idle: deque[Any] = deque(engines)
         self._running: dict[Any, _Work] = {}
+        self._last_loss, self._num_lost, self._num_engines = "none ever started", 0, len(engines)
         self._started = self._counted_until = time.monotonic()
 
     def run(self) -> GenerationStats:
@@ -159,8 +162,8 @@ class _Job:
             if not self._running:
                 raise ClusterError(
                     f"no teacher engine is left ({self._stats.replaced_engines} were replaced, see "
-                    "--teacher.max_engine_restarts); committed rows are safe. See Ray's logs for the cause (often "
-                    "memory), then run the same command again to resume"
+                    f"--teacher.max_engine_restarts); the last one was lost because {self._last_loss}. Committed rows "
+                    "are safe. See Ray's logs for the cause (often memory), then run the same command again to resume"
                 )
             self._settle(*self._next())
 
@@ -214,12 +217,20 @@ class _Job:
             self._on_progress(len(rollouts), self._stats.note)
 
     def _lose(self, work: _Work, reason: str) -> None:
+        self._last_loss = reason
+        self._num_lost += 1
         doing = f"while generating rows {work.batch.span}" if work.batch else "while starting"
         logger.warning("a teacher engine was lost %s: %s", doing, reason)
         if work.batch is not None:
             quarantined = self._ledger.lost(work.batch, reason)
             if quarantined is not None:
                 self._quarantine(quarantined)
+        if not self._stats.rows and self._num_lost >= LOSSES_BEFORE_ANY_ROW * self._num_engines:
+            raise ClusterError(
+                f"{self._num_lost} teacher engines were lost before any row came back, the last because {reason}. Mend "
+                "the cause (the model, its memory, or vLLM's support for it on this machine), then run the same "
+                "command again; rows committed before are safe"
+            )
         if self._replace_engine is None or self._stats.replaced_engines >= self._config.teacher.max_engine_restarts:
             return
         self._stats = replace(self._stats, replaced_engines=self._stats.replaced_engines + 1)

@@ -204,3 +204,11 @@ def test_budgets_end_the_job_and_keep_its_rows(cluster: None, model: str, tmp_pa
     assert "q7:0" in (tmp_path / "fired").read_text()
     reader = StoreReader(tmp_path / "store", require_complete=False)
     assert set(reader.row_ids) == all_rows() - {"q7:0"}
+
+
+def test_engines_that_always_die_end_the_job(cluster: None, model: str, tmp_path: Path) -> None:
+    """Where every batch kills its engine the job ends after three, says how, and does not try for ever."""
+    signals = {f"q{index}:0": (signal.SIGKILL, "always") for index in range(NUM_PROMPTS)}
+    with pytest.raises(ClusterError, match=r"3 teacher engines were lost before any row came back.*it died"):
+        run_job(tmp_path, model, signals, num_engines=1, options=config())
+    assert len(StoreReader(tmp_path / "store", require_complete=False)) == 0

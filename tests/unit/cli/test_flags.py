@@ -161,6 +161,7 @@ BAD_COMMAND_LINES = {
     "not a number": (["--algo.distill.q_min", "nan"], ["--algo.distill.q_min", "'nan'", "a number, or none"]),
     "infinite": (["--actor.adam.lr", "inf"], ["--actor.adam.lr", "'inf'", "a number greater than 0"]),
     "over the bound": (["--algo.distill.gamma", "1.1"], ["'1.1'", "at most 1"]),
+    "seed below 0": (["--train.seed", "-1"], ["--train.seed", "'-1'", "at least 0"]),
     "save every 0 steps": (["--ckpt.save_steps", "0"], ["--ckpt.save_steps", "other than 0"]),
     "wrong choice": (["--algo.distill.linear_term", "sample"], ["'sample'", "sampled, expected", "mean sampled?"]),
     "wrong preset": (["--algo.distill.preset", "papper"], ["'papper'", "robust, paper", "mean paper?"]),
@@ -266,6 +267,7 @@ def test_nearest():
     """The nearest option is found by spelling, or by its last part where the section is wrong."""
     assert nearest("train.batchsize", all_options()) == "train.batch_size"
     assert nearest("student.max_norm", all_options()) == "actor.max_norm"
+    assert nearest("actor.lr", all_options()) == "actor.adam.lr"
     assert nearest("qqqq", all_options()) is None
 
 

@@ -348,6 +348,27 @@ BAD_INPUT = {
         ["--ds.param_dtype fp16", "loss scale"],
     ),
     "flash attention": (nothing, ["--ds.attn_implementation", "flash_attention_9"], ["flash_attention_9"]),
+    "unknown attention": (
+        nothing,
+        ["--ds.attn_implementation", "spda"],
+        ["--ds.attn_implementation is 'spda'", "flex_attention", "did you mean sdpa?"],
+    ),
+    "momentum of 2": (nothing, ["--actor.adam.betas", "0.9", "2"], ["--actor.adam.betas is 0.9 2", "less than 1"]),
+    "log-probabilities not recorded": (
+        nothing,
+        ["--teacher.record_logprobs", "false"],
+        ["--teacher.record_logprobs true", "--algo.distill.linear_term sampled"],
+    ),
+    "log-probabilities not recorded for kd": (
+        nothing,
+        ["--teacher.record_logprobs", "false", "--algo.distill.name", "kd"],
+        ["--algo.distill.name kd", "--teacher.record_logprobs true"],
+    ),
+    "kd without sets": (
+        nothing,
+        ["--algo.distill.name", "kd", "--algo.distill.top_p", "1", "--algo.distill.linear_term", "sampled"],
+        ["--algo.distill.name kd with --algo.distill.top_p 1", "below 1"],
+    ),
     "diverging pair": (nothing, ["--ds.zero_stage", "0", "--ds.param_dtype", "bf16"], ["--ds.zero_stage 0", "bf16"]),
     "fewer rows than ranks": (
         nothing,
@@ -462,6 +483,18 @@ def test_liger_needs_cuda(room):
     """--ds.use_liger_kernel on a machine without CUDA is refused before an actor starts."""
     with pytest.raises(ConfigError, match=r"--ds\.use_liger_kernel: its kernels need CUDA.*leave the option away"):
         preflight(config_of("--ds.use_liger_kernel"))
+
+
+def test_options_without_effect_are_warned_of(room):
+    """An option of something that is off is named, with what turns it on; a warning, since files may share options."""
+    argv = ["--ds.lora.alpha", "32", "--actor.muon.lr", "0.1", "--train.ema_beta", "0.9"]
+    warnings = preflight(config_of(*argv, "--train.pretrain_batch_size", "4")).warnings
+    assert "--ds.lora.alpha has no effect without --ds.lora.rank" in warnings
+    assert "--actor.muon.lr has no effect without --actor.optim muon" in warnings
+    assert "--train.ema_beta has no effect without --train.enable_ema" in warnings
+    assert "--train.pretrain_batch_size has no effect without --data.pretrain_dataset" in warnings
+    on = ["--ds.lora.rank", "2", "--train.enable_ema", "--actor.optim", "muon", "--actor.max_norm", "0"]
+    assert not [text for text in preflight(config_of(*argv, *on)).warnings if "no effect" in text]
 
 
 def test_muon_decays_norms_too(room):

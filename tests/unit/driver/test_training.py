@@ -6,7 +6,8 @@ import pytest
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.metrics import Stopwatch, truncate_metrics, wall_clock_rates
-from openrlhf_bd.driver.training import Snapshots, num_steps
+from openrlhf_bd.driver.training import Snapshots, check_start, is_checkpoint_step, num_steps
+from openrlhf_bd.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,31 @@ def test_number_of_steps(batch_size: int, max_epochs: int, max_steps: int | None
     """Steps of all epochs, the last partial batch counted, at most --train.max_steps."""
     train = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps}
     assert num_steps(Config.model_validate({"train": train}), 10) == expected
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "steps"),
+    [
+        ({}, []),
+        ({"save_hf": True}, []),
+        ({"save_steps": 2}, [2, 4]),
+        ({"save_steps": 2, "disable_ds": True}, []),
+        ({"save_steps": 2, "disable_ds": True, "save_hf": True}, [2, 4]),
+    ],
+)
+def test_steps_after_which_something_is_saved(ckpt: dict[str, object], steps: list[int]) -> None:
+    """Every --ckpt.save_steps steps; without DeepSpeed's checkpoints --ckpt.save_hf still saves models."""
+    config = Config.model_validate({"ckpt": ckpt})
+    assert [step for step in range(1, 6) if is_checkpoint_step(config, step)] == steps
+
+
+def test_checkpoint_of_a_longer_run_is_refused() -> None:
+    """A run that a checkpoint leaves nothing to do is refused, unless it is its own last one."""
+    config = Config()
+    for start_step in (0, 4, 5):
+        check_start(start_step, 5, tag="global_step", config=config)
+    with pytest.raises(ConfigError, match="global_step6 has 6 steps behind it and this run has 5"):
+        check_start(6, 5, tag="global_step6", config=config)
 
 
 def test_metrics_of_steps_done_again_are_dropped(tmp_path: Path) -> None:

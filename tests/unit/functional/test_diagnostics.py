@@ -1,7 +1,9 @@
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openrlhf_bd.config import BellmanOptions
 from openrlhf_bd.functional.bellman import bellman_loss_from_logits
@@ -116,3 +118,23 @@ def test_quantiles_are_those_of_the_merged_counts() -> None:
     assert mean_metrics(merge_metrics(parts)) == {"size_p50": 1.0, "size_p90": 4.0, "size_p99": 8.0}
     weighted_sizes = at_most("size", torch.tensor([1, 7]), torch.tensor([0.0, 2.0]))
     assert mean_metrics(weighted_sizes) == {"size_p50": 8.0, "size_p90": 8.0, "size_p99": 8.0}
+
+
+class FloatScans(TorchDispatchMode):
+    """Counts calls that torch refuses on CUDA under deterministic algorithms: cumulative sums of floats."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func.overloadpacket is torch.ops.aten.cumsum and args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_operation_that_has_no_deterministic_form_on_cuda() -> None:
+    """The loss and its metrics run with --train.full_determinism_enable on CUDA."""
+    with FloatScans() as scans:
+        metrics_of()
+    assert scans.calls == 0
+    with FloatScans() as scans:
+        torch.ones(2).cumsum(0)
+    assert scans.calls == 1

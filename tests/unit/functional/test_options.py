@@ -26,6 +26,7 @@ def options(**values: object) -> BellmanOptions:
         ),
         ({"tail_estimator": "sampled", "tail_coef": 0.0}, "tail_estimator sampled .*no tail term to compute"),
         ({"tail_tolerance": 0.01, "tail_coef": 0.0}, "tail_tolerance above 0 .*no tail term to compute"),
+        ({"tail_estimator": "sampled", "top_p": 1.0}, "no mass is outside the sets"),
         ({"objective": "released"}, "no reduction token .reduction sequence there.; leave it out"),
         ({"objective": "released", "reduction": "sequence", "top_p": 1.0}, "use a top_p below 1"),
     ],

@@ -142,6 +142,18 @@ def test_blocks(store: Path, tmp_path: Path) -> None:
     assert len(step.micro_batches) == 4 + 4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_that_comes_twice_counts_twice(store: Path, tmp_path: Path, packed: bool) -> None:
+    """With 5 blocks a step of a text of 3, the two that come again in the same micro-batch are there again."""
+    np.save(tmp_path / "blocks.npy", np.arange(2, 14, dtype=np.int32).reshape(3, 4))
+    train = {"pretrain_batch_size": 5, "dynamic_batch_enable": True, "max_tokens_per_gpu": 1000}
+    config = config_of(train=train, ds={"packing_samples": packed})
+    step = open_data(store, config=config, pretrain_path=str(tmp_path / "blocks.npy")).step(1)
+    [batch] = [batch for batch in step.micro_batches if batch.num_targets]
+    assert batch.num_targets == step.num_targets == 5 * 3
+    assert len(set(batch.names)) == (4 if packed else 0) + 5
+
+
 def test_row_longer_than_the_context_is_refused(store: Path) -> None:
     """A row that the student cannot read is found before training starts."""
     with pytest.raises(DataError, match="longest row has 6 tokens, more than the student's context of 5"):

@@ -13,7 +13,7 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.functional.head import StudentHead
 from openrlhf_bd.student.attention import PER_ROW_SDPA
-from openrlhf_bd.student.loading import attention_implementation, load_student, refuse_model_code
+from openrlhf_bd.student.loading import attention_implementation, check_family, load_student, refuse_model_code
 from openrlhf_bd.student.model import OutputHead, StudentModel
 from openrlhf_bd.student.strategy import make_strategy, strategy_arguments
 from openrlhf_bd.upstream import has_flash_attention, is_cpu
@@ -162,6 +162,12 @@ class TestRefusals:
         FAMILIES["llama"].save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match="flex_attention: PyTorch has no backward pass"):
             load(config_of(tmp_path, attn_implementation="flex_attention"))
+
+    def test_flash_attention_of_fp32(self) -> None:
+        """A type that flash kernels do not compute is refused before training, not in its first forward pass."""
+        config = config_of(None, attn_implementation="flash_attention_2", param_dtype="fp32")
+        with pytest.raises(ConfigError, match=r"flash_attention_2 with --ds\.param_dtype fp32"):
+            check_family("llama", config)
 
     def test_other_family(self, tmp_path: Path) -> None:
         """A family whose logits may be more than head times hidden state is refused by name."""
