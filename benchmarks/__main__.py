@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 # Arguments that bring a script down to a minute or so; one that is not here has such defaults of its own.
 QUICK = {
     "loss_head": ["--states", "512", "--vocabulary", "50257", "--rounds", "1", "--repeats", "1"],
-    "step_growth": ["--repeats", "1"],
+    "step_growth": ["--scale", "0.1", "--repeats", "1"],
     "store_throughput": ["--rows", "2048"],
     "train_step": ["--quick"],
 }
