@@ -64,3 +64,14 @@ def unheld_logits(config: Config, needs: Needs) -> str | None:
         f"{text}. With the rows of {path}, {share:.1%} of the sets are a single token, where the projected policy is 1 "
         "whatever the student thinks"
     )
+
+
+def trained_temperature(config: Config, needs: Needs) -> str | None:
+    """A warning where the policy that is trained, softmax(z / tau), is not the one that is sampled from; else None."""
+    tau = config.algo.distill.tau
+    if tau == 1 or not needs.candidate_sets:
+        return None
+    return (
+        f"--algo.distill.tau {tau:g}: the policy that is trained is softmax(z / tau), which the saved student samples from "
+        f"at temperature {tau:g}; --eval.temperature is {config.eval.temperature:g}"
+    )

@@ -32,7 +32,7 @@ from openrlhf_bd.data.teacher_view import teacher_view
 from openrlhf_bd.driver.evaluation import load_test_sets
 from openrlhf_bd.driver.model_files import ModelFacts, inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
-from openrlhf_bd.driver.objective import check_kd_ratio, unheld_logits, uses_pretrain
+from openrlhf_bd.driver.objective import check_kd_ratio, trained_temperature, unheld_logits, uses_pretrain
 from openrlhf_bd.driver.plan import Plan, StagePlan, format_bytes
 from openrlhf_bd.driver.rank_memory import rank_memory_notes
 from openrlhf_bd.driver.resources import (
@@ -329,8 +329,7 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
     if "train" not in stages:
         return found
     found += [f"{option} has no effect without {switch}" for option, switch in _without_effect(config)]
-    if warning := unheld_logits(config, needs):
-        found.append(warning)
+    found += [warning for warning in (unheld_logits(config, needs), trained_temperature(config, needs)) if warning]
     if config.actor.optim == "muon" and config.actor.adam.weight_decay > 0:
         found.append("--actor.adam.weight_decay with --actor.optim muon: biases and norms decay too")
     if config.eval.dataset is None:

@@ -7,7 +7,7 @@ import pytest
 
 from openrlhf_bd.algorithms import resolve_algorithm
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.objective import check_kd_ratio, unheld_logits
+from openrlhf_bd.driver.objective import check_kd_ratio, trained_temperature, unheld_logits
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreWriter
@@ -78,3 +78,16 @@ def test_kd_ratio_needs_a_teacher_and_text(tmp_path: Path) -> None:
     for given in ({"text": None}, {"text": "text.jsonl", "pretrain_coef": 0.0}):
         with pytest.raises(ConfigError, match=r"give --data\.pretrain_dataset"):
             check_kd_ratio(config_of(tmp_path, kd_ratio=0.5, **given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "tau", "warned"), [("bd", 2.0, True), ("kd", 0.5, True), ("bd", 1.0, False), ("sft", 2.0, False)]
+)
+def test_temperature_of_the_trained_policy_is_told(name: str, tau: float, warned: bool) -> None:
+    """Where z / tau is trained, the plan says at which temperature the saved student gives that policy."""
+    config = Config.model_validate({"algo": {"distill": {"name": name, "tau": tau}}})
+    needs = resolve_algorithm(name).needs_of(config.algo.distill)
+    warning = trained_temperature(config, needs)
+    assert (warning is not None) == warned
+    if warning is not None:
+        assert f"samples from at temperature {tau:g}" in warning
