@@ -72,6 +72,6 @@ def trained_temperature(config: Config, needs: Needs) -> str | None:
     if tau == 1 or not needs.candidate_sets:
         return None
     return (
-        f"--algo.distill.tau {tau:g}: the policy that is trained is softmax(z / tau), which the saved student samples from "
-        f"at temperature {tau:g}; --eval.temperature is {config.eval.temperature:g}"
+        f"--algo.distill.tau {tau:g}: the policy that is trained is softmax(z / tau), which the saved student samples "
+        f"from at temperature {tau:g}; --eval.temperature is {config.eval.temperature:g}"
     )

@@ -90,4 +90,4 @@ def test_temperature_of_the_trained_policy_is_told(name: str, tau: float, warned
     warning = trained_temperature(config, needs)
     assert (warning is not None) == warned
     if warning is not None:
-        assert f"samples from at temperature {tau:g}" in warning
+        assert f"samples from at temperature {tau:g};" in warning
