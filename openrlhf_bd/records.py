@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length"]
+Source = Literal["teacher", "student"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,24 @@ class RecordedSets:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Which step of an online run a row was made for, and by whom.
+
+    Attributes:
+        step: optimizer step whose global batch the row belongs to, counted from 1.
+        source: whose engines sampled it; "student" also where the teacher was mixed in.
+        policy_version: optimizer steps behind the student's weights when sampling began; None for the teacher's rows.
+        behaviour_logprobs_T: log-probability of each response token under the distribution that it was sampled from,
+            nats; None for the teacher's rows.
+    """
+
+    step: int
+    source: Source
+    policy_version: int | None = None
+    behaviour_logprobs_T: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One response to one prompt: a row of the store.
 
@@ -99,6 +118,7 @@ class Rollout:
         teacher_prompt_hash: hash of the prompt under which the teacher gave logprobs_T and sets; None where that is
             prompt_ids.
         teacher: name of the teacher that made the row; None where a store has one teacher.
+        origin: in a store of an online run, where the row comes from; else None.
     """
 
     row_id: str
@@ -109,3 +129,4 @@ class Rollout:
     sets: RecordedSets | None = None
     teacher_prompt_hash: int | None = None
     teacher: str | None = None
+    origin: Origin | None = None

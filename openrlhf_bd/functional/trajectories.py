@@ -16,6 +16,55 @@ from openrlhf_bd.records import Rollout
 
 
 @dataclass(frozen=True)
+class Behaviour:
+    """Who took the actions of an online run's states. Zeros and False where a state has no action.
+
+    Attributes:
+        is_student_S: True in rows that the student's engines sampled.
+        logprob_S: log-probability of the taken token under the distribution that it was sampled from, nats; for the
+            teacher's rows that of the teacher.
+        teacher_logprob_S: the teacher's log-probability of the taken token at temperature 1, nats.
+    """
+
+    is_student_S: Tensor
+    logprob_S: Tensor
+    teacher_logprob_S: Tensor
+
+    def to(self, device: torch.device | str) -> Behaviour:
+        """The same with tensors on `device`."""
+        return Behaviour(
+            self.is_student_S.to(device), self.logprob_S.to(device), self.teacher_logprob_S.to(device)
+        )
+
+    @staticmethod
+    def from_rollouts(rollouts: Sequence[Rollout]) -> Behaviour | None:
+        """Of the same states as Trajectories.from_rollouts; None unless every row has an origin.
+
+        Raises:
+            ValueError: a row lacks the teacher's log-probabilities, or a student's row those of its behaviour.
+        """
+        if not rollouts or any(rollout.origin is None for rollout in rollouts):
+            return None
+        student, logprobs, teacher = [], [], []
+        for rollout in rollouts:
+            assert rollout.origin is not None
+            is_student, behaviour_T = rollout.origin.source == "student", rollout.logprobs_T
+            if is_student:
+                behaviour_T = rollout.origin.behaviour_logprobs_T
+            if behaviour_T is None or rollout.logprobs_T is None:
+                raise ValueError(f"row {rollout.row_id}: log-probabilities of its tokens are missing; it needs them all")
+            room = num_states(rollout) - len(rollout.response_ids)
+            student.append(np.append(np.full(len(rollout.response_ids), is_student), [False] * room))
+            logprobs.append(np.append(behaviour_T, [0.0] * room))
+            teacher.append(np.append(rollout.logprobs_T, [0.0] * room))
+        return Behaviour(
+            is_student_S=torch.from_numpy(np.concatenate(student).astype(bool)),
+            logprob_S=torch.from_numpy(np.concatenate(logprobs).astype(np.float32)),
+            teacher_logprob_S=torch.from_numpy(np.concatenate(teacher).astype(np.float32)),
+        )
+
+
+@dataclass(frozen=True)
 class Trajectories:
     """Rows of a micro-batch, flat over their states: row after row, in time order.
 
@@ -27,12 +76,14 @@ class Trajectories:
         next_S: index of the state that follows, int64; -1 where none is there.
         terminal_S: True where the taken token is the stop token that ended the response.
         row_S: row of each state, int64, non-decreasing from 0.
+        behaviour: who took the actions, in an online run's rows; None in others.
     """
 
     taken_S: Tensor
     next_S: Tensor
     terminal_S: Tensor
     row_S: Tensor
+    behaviour: Behaviour | None = None
 
     @property
     def num_states(self) -> int:
@@ -46,7 +97,11 @@ class Trajectories:
     def to(self, device: torch.device | str) -> Trajectories:
         """The same trajectories with tensors on `device`."""
         return Trajectories(
-            self.taken_S.to(device), self.next_S.to(device), self.terminal_S.to(device), self.row_S.to(device)
+            self.taken_S.to(device),
+            self.next_S.to(device),
+            self.terminal_S.to(device),
+            self.row_S.to(device),
+            None if self.behaviour is None else self.behaviour.to(device),
         )
 
     @staticmethod
@@ -78,6 +133,7 @@ class Trajectories:
             next_S=torch.from_numpy(np.concatenate(following).astype(np.int64)),
             terminal_S=torch.from_numpy(np.concatenate(terminal)),
             row_S=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+            behaviour=Behaviour.from_rollouts(rollouts),
         )
 
 
