@@ -32,9 +32,7 @@ class Behaviour:
 
     def to(self, device: torch.device | str) -> Behaviour:
         """The same with tensors on `device`."""
-        return Behaviour(
-            self.is_student_S.to(device), self.logprob_S.to(device), self.teacher_logprob_S.to(device)
-        )
+        return Behaviour(self.is_student_S.to(device), self.logprob_S.to(device), self.teacher_logprob_S.to(device))
 
     @staticmethod
     def from_rollouts(rollouts: Sequence[Rollout]) -> Behaviour | None:
@@ -52,7 +50,9 @@ class Behaviour:
             if is_student:
                 behaviour_T = rollout.origin.behaviour_logprobs_T
             if behaviour_T is None or rollout.logprobs_T is None:
-                raise ValueError(f"row {rollout.row_id}: log-probabilities of its tokens are missing; it needs them all")
+                raise ValueError(
+                    f"row {rollout.row_id}: log-probabilities of its tokens are missing; it needs them all"
+                )
             room = num_states(rollout) - len(rollout.response_ids)
             student.append(np.append(np.full(len(rollout.response_ids), is_student), [False] * room))
             logprobs.append(np.append(behaviour_T, [0.0] * room))
