@@ -90,11 +90,49 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["released"] = {**PRESETS["paper"], "objective": "released", "reduction": "sequence"}
 
 
-class DistillConfig(BellmanOptions):
+class OnlineOptions(Section):
+    """Where an online run's rows come from, and how far making and learning may be apart."""
+
+    mode: Literal["offline", "online", "offline_then_online"] = Field(
+        "offline",
+        description="offline: all rows are there before training; online: rows are made while the student trains; "
+        "offline_then_online: the first algo.distill.offline_steps from teacher.store_path",
+    )
+    rollout: Literal["teacher", "student", "mixed"] = Field(
+        "mixed", description="online: whose responses; mixed: the student's for algo.distill.student_fraction of rows"
+    )
+    student_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5, description="online, mixed: share of rows that the student samples (beta)"
+    )
+    student_warmup_steps: Count = Field(
+        0, description="online, mixed: optimizer steps over which the student's share grows linearly from 0"
+    )
+    teacher_mix: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="online: share of the tokens of the student's responses that the teacher samples (MiniLLM)"
+    )
+    max_staleness: Count = Field(
+        1, description="online: optimizer steps that the sampling student may be behind; 0 is strictly on-policy"
+    )
+    max_ahead: PositiveInt = Field(4, description="online: optimizer steps that rows may be made ahead of training")
+    stale_rows: Literal["wait", "discard"] = Field(
+        "wait",
+        description="online: begin no row that could become too stale, or begin at once and discard those that did",
+    )
+    in_flight: Literal["wait", "keep", "abort"] = Field(
+        "wait",
+        description="online: responses in the making when new weights arrive are finished first, go on with the new "
+        "weights, or begin anew",
+    )
+    sync_steps: PositiveInt = Field(1, description="online: optimizer steps between two updates of the engines")
+    offline_steps: PositiveInt | None = Field(
+        None, description="offline_then_online: optimizer steps before the online ones; none: one pass over the rows"
+    )
+
+
+class DistillConfig(BellmanOptions, OnlineOptions):
     """`--algo.distill.*`: which algorithm, where rollouts come from, and the objective's options."""
 
     name: str = Field("bd", description="algorithm: a registered name (`openrlhf-bd list`) or package.module:Class")
-    mode: Literal["offline"] = Field("offline", description="offline: the teacher's data is finished before training")
     preset: Literal["robust", "paper", "released"] = Field(
         "robust",
         description="values of the objective's options that are not given: robust, the published method, or what its "
@@ -253,7 +291,10 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = Field(1, description="rows of a micro-batch where dynamic batches are off")
     dynamic_batch_enable: bool = Field(False, description="fill micro-batches up to train.max_tokens_per_gpu")
     max_tokens_per_gpu: PositiveInt = Field(16192, description="tokens of a dynamic micro-batch")
-    max_epochs: PositiveInt = Field(1, description="passes over the rows")
+    max_epochs: PositiveInt = Field(1, description="passes over the rows; online: over the prompts, with new rows")
+    row_order: Literal["shuffled", "recorded"] = Field(
+        "shuffled", description="offline: shuffled by train.seed, or the steps of the online run that made the rows"
+    )
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps, whatever the epochs")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="seed of order, sampling and initialisation")
     full_determinism_enable: bool = Field(False, description="deterministic kernels")
@@ -359,6 +400,10 @@ class ClusterConfig(Section):
     start_timeout_s: Positive = Field(900.0, description="longest wait for actors to start and load models, seconds")
     step_timeout_s: Positive = Field(1800.0, description="longest wait for one training step, seconds")
     generate_timeout_s: Positive = Field(3600.0, description="longest wait for one batch of responses, seconds")
+    sync_timeout_s: Positive = Field(300.0, description="longest wait for one update of the engines' weights, seconds")
+    heartbeat_timeout_s: Positive = Field(
+        120.0, description="longest silence of an engine that makes rows while the student trains, seconds"
+    )
 
 
 class Config(Section):

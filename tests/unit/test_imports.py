@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "openrlhf_bd"
 RINGS = (
     {"errors", "config", "records", "paths", "functional", "theory"},
     {"algorithms", "data", "store", "engines", "upstream"},
-    {"teacher", "student", "evaluation"},
+    {"teacher", "student", "rollout", "evaluation"},
     {"driver"},
     {"cli", "demo"},
 )
@@ -25,7 +25,7 @@ STACKS = {
     "openrlhf": {"upstream"},
     "deepspeed": {"upstream", "student"},
     "vllm": {"engines", "teacher"},
-    "ray": {"teacher", "student", "evaluation", "driver", "cli"},
+    "ray": {"teacher", "student", "rollout", "evaluation", "driver", "cli"},
 }
 
 
