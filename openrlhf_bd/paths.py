@@ -1,6 +1,7 @@
-"""Help for messages about files that are not there."""
+"""Paths that may not exist yet: help for messages, room on their disk, and sizes in words."""
 
 import difflib
+import shutil
 from pathlib import Path
 
 
@@ -28,3 +29,25 @@ def nearest_path_hint(path: str | Path) -> str:
         return f'; the folder "{missing}" does not exist'
     listed = ", ".join(f'"{name}"' for name in names[:5]) + (", ..." if len(names) > 5 else "")
     return f"; its folder has {listed}" if names else ""
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space where the path is or would be."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the largest decimal unit that leaves at least 1: "12 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if count < 9.95 and unit != "B" else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

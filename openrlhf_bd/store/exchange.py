@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from openrlhf_bd.errors import DataError, RunFolderError
-from openrlhf_bd.records import RecordedSets, Rollout
+from openrlhf_bd.records import Origin, RecordedSets, Rollout
+from openrlhf_bd.store.folder import StorePath
 from openrlhf_bd.store.manifest import StoreManifest
 from openrlhf_bd.store.reader import StoreReader
 from openrlhf_bd.store.shards import token_hash
@@ -30,7 +31,7 @@ BATCH_ROWS = 256
 MANIFEST_KEY = "openrlhf_bd_manifest"
 
 
-def export_dataset(store: Path, target: Path) -> int:
+def export_dataset(store: StorePath, target: Path) -> int:
     """Write a store as a data set folder, for `datasets.load_from_disk` or `push_to_hub`.
 
     Args:
@@ -56,7 +57,7 @@ def export_dataset(store: Path, target: Path) -> int:
     return len(dataset)
 
 
-def import_dataset(source: Dataset, target: Path, *, rows_per_shard: int = 2048) -> int:
+def import_dataset(source: Dataset, target: StorePath, *, rows_per_shard: int = 2048) -> int:
     """Make a store of a data set that `export_dataset` wrote.
 
     Args:
@@ -108,6 +109,13 @@ def _record(rollout: Rollout) -> dict[str, Any]:
         record["teacher_prompt_hash"] = _hexadecimal(rollout.teacher_prompt_hash)
     if rollout.teacher is not None:
         record["teacher"] = rollout.teacher
+    if rollout.origin is not None:
+        record |= {
+            "step": rollout.origin.step,
+            "source": rollout.origin.source,
+            "policy_version": rollout.origin.policy_version,
+            "behaviour_logprobs": rollout.origin.behaviour_logprobs_T,
+        }
     if rollout.sets is not None:
         record |= {
             "set_sizes": rollout.sets.sizes_S,
@@ -133,6 +141,9 @@ def _features(manifest: StoreManifest) -> Any:
         columns["teacher_prompt_hash"] = Value("string")
     if manifest.teachers:
         columns["teacher"] = Value("string")
+    if manifest.online:
+        columns |= {"step": Value("int32"), "source": Value("string"), "policy_version": Value("int32")}
+        columns["behaviour_logprobs"] = List(Value("float32"))
     if manifest.has_sets:
         columns |= {name: List(Value("int32")) for name in ("set_sizes", "set_ids")}
         # What float16 holds exactly; float32 spares readers that do not know the type.
@@ -157,17 +168,32 @@ def _rollout(record: Mapping[str, Any], manifest: StoreManifest) -> Rollout:
             f"row {str(record['row_id'])!r}: its token ids do not give its hash, so its sets may belong to other "
             "tokens; get the data set again"
         )
-    logprobs = record["response_logprobs"]
     return Rollout(
         row_id=str(record["row_id"]),
         prompt_ids=prompt_ids,
         response_ids=response_ids,
         finish_reason=record["finish_reason"],
-        logprobs_T=None if logprobs is None else np.asarray(logprobs, np.float32),
+        logprobs_T=_logprobs(record["response_logprobs"]),
         sets=_sets(record, manifest) if manifest.has_sets else None,
         teacher_prompt_hash=int(record["teacher_prompt_hash"], 16) if manifest.has_teacher_prompts else None,
         teacher=str(record["teacher"]) if manifest.teachers else None,
+        origin=_origin(record) if manifest.online else None,
     )
+
+
+def _origin(record: Mapping[str, Any]) -> Origin:
+    # A null among integers is NaN in this format.
+    is_student = record["source"] == "student"
+    return Origin(
+        step=int(record["step"]),
+        source="student" if is_student else "teacher",
+        policy_version=int(record["policy_version"]) if is_student else None,
+        behaviour_logprobs_T=_logprobs(record["behaviour_logprobs"]),
+    )
+
+
+def _logprobs(values: Any) -> NDArray[np.float32] | None:
+    return None if values is None else np.asarray(values, np.float32)
 
 
 def _sets(record: Mapping[str, Any], manifest: StoreManifest) -> RecordedSets:

@@ -6,12 +6,18 @@ import fcntl
 import hashlib
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
 
 from openrlhf_bd.errors import RunFolderError
 
 LOCK_FILE = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
+CHUNK_BYTES = 2**20
 
 
 def temporary_name(path: Path) -> Path:
@@ -28,19 +34,45 @@ def seal(path: Path) -> None:
         OSError: the disk is full or failing; `path` is as it was before.
     """
     temporary = temporary_name(path)
-    _fsync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file in one step: a reader sees the old content or the new.
 
     Raises:
-        OSError: as `seal`.
+        OSError: as `seal`; the message names the file.
     """
-    temporary_name(path).write_text(text, encoding="utf-8")
-    seal(path)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, of bytes."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write a file to; when the block ends it is sealed as `path`.
+
+    Raises:
+        OSError: as `seal`; the message names the file.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        seal(path)
+    except OSError as error:
+        # On a full disk what was written of it only takes room.
+        with suppress(OSError):
+            temporary.unlink()
+        if error.filename is not None or error.errno is None:
+            raise
+        # Of a write that fails the system names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sha256_file(path: Path) -> str:
@@ -50,30 +82,58 @@ def sha256_file(path: Path) -> str:
         OSError: the file is missing or can't be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(file)
 
 
-def sha256_parquet_footer(path: Path) -> str:
-    """SHA-256 of a Parquet file's footer: the length in its last 8 bytes, and so many bytes before them.
-
-    Raises:
-        OSError: the file is missing or can't be read.
-    """
-    with path.open("rb") as file:
-        size_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(size_bytes - 8, 0))
-        # A damaged length gives other bytes, and so another hash.
-        footer_bytes = int.from_bytes(file.read(4), "little") + 8
-        file.seek(max(size_bytes - footer_bytes, 0))
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(file: IO[bytes] | pa.NativeFile) -> str:
+    """SHA-256 of what an open file holds from here on, hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def sha256_parquet_footer(file: IO[bytes] | pa.NativeFile) -> str:
+    """SHA-256 of a Parquet file's footer: the length in its last 8 bytes, and so many bytes before them."""
+    file.seek(0, os.SEEK_END)
+    size_bytes = file.tell()
+    file.seek(max(size_bytes - 8, 0))
+    # A damaged length gives other bytes, and so another hash.
+    footer_bytes = int.from_bytes(file.read(4), "little") + 8
+    file.seek(max(size_bytes - footer_bytes, 0))
+    return sha256(file)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def second_writer(folder: object, holder: str) -> RunFolderError:
+    """The error of a process that would write to a store while another one does."""
+    return RunFolderError(
+        f"{folder}: process {holder} is writing to this store, and a store has one writer at a time; "
+        "wait for it to end, or name another path"
+    )
+
+
+def lock_holder(folder: Path) -> str | None:
+    """The process that is writing to a folder, as its lock names it; None: no process is. Changes nothing."""
+    try:
+        file = (folder / LOCK_FILE).open(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            # Shared: two processes that only look do not see each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "unknown"
+    return None
 
 
 class FolderLock:
@@ -93,10 +153,7 @@ class FolderLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
-            raise RunFolderError(
-                f"{folder}: process {holder} is writing to this store, and a store has one writer at a time; "
-                "wait for it to end, or name another path"
-            ) from None
+            raise second_writer(folder, holder) from None
         self._file.seek(0)
         self._file.truncate()
         self._file.write(f"{os.getpid()} on {socket.gethostname()}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,4 +82,15 @@ def fingerprint_model_folder(path: str | Path, revision: str | None = None) -> s
     for key in _PROVENANCE_KEYS:
         config.pop(key, None)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return fingerprint_json({"config": config, "weights": sorted(pool.map(sha256_file, weights))})
+        return fingerprint_json({"config": config, "weights": sorted(pool.map(_sha256, weights))})
+
+
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """Weights are large, and a job asks for their fingerprint before it starts and when it makes rows."""
+    return sha256_file(path)

@@ -1,9 +1,9 @@
-"""`manifest.json`: what a store holds, how it was made, and which shards are sealed.
+"""`manifest.json`: what a store holds, and how it was made.
 
-    {"format_version": 1, "store_id": "...", "complete": false, "manifest": {...}, "shards": [{...}], "checksum": "..."}
+    {"format_version": 2, "store_id": "...", "complete": false, "manifest": {...}, "sealed_shards": 7, "rewritten": 0,
+     "quarantined": [], "checksum": "..."}
 
-It is replaced in one step each time a shard is sealed, so it is a consistent snapshot at any moment: rows exist when
-it lists their shard, and not before.
+It is replaced in one step, and seldom; the sealed shards are listed by the `journal`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from openrlhf_bd.errors import RunFolderError, StoreError
-from openrlhf_bd.store.files import write_text
 from openrlhf_bd.store.fingerprints import fingerprint_json
+from openrlhf_bd.store.folder import StoreFolder
 
 MANIFEST_FILE = "manifest.json"
 # The options of the job that made the rows, as YAML: what a repair repeats.
 JOB_FILE = "job.yaml"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What a message about a damaged file ends with.
+REMEDY = (
+    "restore the file from a copy, or have its rows made again: openrlhf-bd inspect PATH --repair, where PATH is the "
+    "store's folder"
+)
+# Its manifest lists the shards, and there is no journal.
+LISTING_VERSION = 1
 
 # Recorded for people; two stores that differ in these alone hold the same kind of rows.
 NOT_IDENTITY = ("versions", "created")
@@ -52,9 +58,15 @@ class StoreManifest(_Frozen):
             vocabulary, and no ids are stored.
         always_include: token ids that belong to every candidate set.
         has_logprobs: the candidates' log-probabilities are recorded too.
+        max_candidates: K, where the teacher told the K likeliest tokens of a state alone: a set has no others, so that
+            its mass may be less than top_p, and lacks an always-included id that is neither among them nor taken.
+            None: the sets are exact.
         sampling: parameters by which the responses were sampled.
         num_prompts: prompts that the finished store covers.
-        n_samples_per_prompt: responses to each.
+        n_samples_per_prompt: responses to each; 1 in a store of an online run, which comes back to its prompts.
+        online: rows of an online run: each has an origin (`records.Origin`).
+        total_rows: rows of the finished store of an online run, one for each place of each step's batch; None in
+            others, where it is prompts times samples.
         versions: package -> version that made the first row.
         created: UTC time, ISO 8601.
     """
@@ -64,9 +76,12 @@ class StoreManifest(_Frozen):
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     always_include: tuple[int, ...] = ()
     has_logprobs: bool = False
+    max_candidates: int | None = Field(None, gt=0)
     sampling: dict[str, JsonValue] = Field(default_factory=dict)
     num_prompts: int = Field(gt=0)
     n_samples_per_prompt: int = Field(1, gt=0)
+    online: bool = False
+    total_rows: int | None = Field(None, gt=0)
     versions: dict[str, str] = Field(default_factory=dict)
     created: str = Field(default_factory=_now)
 
@@ -78,6 +93,15 @@ class StoreManifest(_Frozen):
             raise ValueError("has_logprobs and always_include describe candidate sets; expected top_p beside them")
         if self.has_whole_sets and (self.has_logprobs or self.always_include):
             raise ValueError("sets of top_p 1 list no ids; expected neither has_logprobs nor always_include beside it")
+        if self.max_candidates is not None and (not self.has_sets or self.has_whole_sets):
+            raise ValueError("max_candidates describes sets that list ids; expected a top_p below 1 beside it")
+        if self.online and self.kind == "gold":
+            raise ValueError("gold rows are there before any step; expected kind teacher beside online")
+        if self.online != (self.total_rows is not None):
+            raise ValueError(
+                f"total_rows is {self.total_rows} and online {self.online}; expected both or neither: offline stores "
+                "have as many rows as prompts times samples"
+            )
         return self
 
     @property
@@ -103,7 +127,14 @@ class StoreManifest(_Frozen):
     @property
     def num_rows(self) -> int:
         """Rows of the finished store."""
-        return self.num_prompts * self.n_samples_per_prompt
+        return self.total_rows or self.num_prompts * self.n_samples_per_prompt
+
+    @property
+    def num_rows_in_words(self) -> str:
+        """Where the number of rows comes from."""
+        if self.online:
+            return f"steps of an online run over {self.num_prompts} prompts"
+        return f"{self.num_prompts} prompts with {self.n_samples_per_prompt} responses each"
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for rows to go into the same store: dotted key -> JSON value."""
@@ -115,7 +146,7 @@ class StoreManifest(_Frozen):
         keys = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         return [f"{key}: found {here.get(key)!r}, expected {there.get(key)!r}" for key in keys]
 
-    def require_equal(self, expected: StoreManifest, folder: Path) -> None:
+    def require_equal(self, expected: StoreManifest, folder: StoreFolder) -> None:
         """Refuse a store that is not the expected one.
 
         Raises:
@@ -162,22 +193,23 @@ class StoreState(_Frozen):
         store_id: drawn when the store was created and written into each shard, so that a foreign shard is noticed.
         complete: all rows are there but the quarantined ones; nothing will be added.
         manifest: what the rows are.
-        shards: sealed shards, in the order in which they were sealed.
+        sealed_shards: shards that the journal listed when this was written: all of them in a complete store, the
+            fewest that there must be in an unfinished one.
+        rewritten: times that the journal was written anew, by a repair, and not appended to.
         quarantined: rows that were given up.
+        listed: the shards, in stores of format version 1; None in others.
     """
 
     format_version: int = FORMAT_VERSION
     store_id: str
     complete: bool = False
     manifest: StoreManifest
-    shards: tuple[ShardEntry, ...] = ()
+    sealed_shards: int = 0
+    rewritten: int = 0
     quarantined: tuple[QuarantinedRow, ...] = ()
+    listed: tuple[ShardEntry, ...] | None = Field(None, exclude=True)
 
-    @property
-    def num_rows(self) -> int:
-        return sum(shard.num_rows for shard in self.shards)
-
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StoreFolder) -> None:
         """Replace the folder's manifest in one step.
 
         Raises:
@@ -185,18 +217,23 @@ class StoreState(_Frozen):
         """
         content = self.model_dump(mode="json")
         text = json.dumps(content | {"checksum": fingerprint_json(content)}, indent=1, ensure_ascii=False)
-        write_text(folder / MANIFEST_FILE, text + "\n")
+        folder.replace(MANIFEST_FILE, f"{text}\n".encode())
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def find(cls, folder: StoreFolder) -> Self | None:
+        """As `load`, or None where no store is."""
+        return None if folder.size_bytes(MANIFEST_FILE) is None else cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: StoreFolder) -> Self:
         """Read and check the folder's manifest.
 
         Raises:
             StoreError: it is missing, damaged, or of another format version.
         """
-        path = folder / MANIFEST_FILE
+        path = f"{folder}/{MANIFEST_FILE}"
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(folder.read(MANIFEST_FILE))
         except FileNotFoundError:
             raise StoreError(
                 f"{path}: not found; expected a store (made by `openrlhf-bd generate`). Check the path"
@@ -206,7 +243,7 @@ class StoreState(_Frozen):
         if not isinstance(content, dict):
             raise _damaged(path, "not a JSON object")
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (LISTING_VERSION, FORMAT_VERSION):
             raise StoreError(
                 f"{path}: format version {version!r}, expected {FORMAT_VERSION}; "
                 "read it with the version of openrlhf_bd that wrote it, or generate the data again at another path"
@@ -214,13 +251,15 @@ class StoreState(_Frozen):
         found, expected = content.pop("checksum", None), fingerprint_json(content)
         if found != expected:
             raise _damaged(path, f"its checksum is {found!r}, its content gives {expected!r}")
+        if version == LISTING_VERSION:
+            content["listed"] = content.pop("shards", [])
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             raise _damaged(path, str(error)) from None
 
 
-def _damaged(path: Path, finding: str) -> StoreError:
+def _damaged(path: str, finding: str) -> StoreError:
     return StoreError(
         f"{path}: damaged or edited by hand: {finding}. "
         "Restore it from a copy, or generate the data again at another path"

@@ -3,69 +3,73 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from openrlhf_bd.errors import StoreError
 from openrlhf_bd.records import Rollout
-from openrlhf_bd.store.files import sha256_file
-from openrlhf_bd.store.manifest import QuarantinedRow, StoreManifest, StoreState
-from openrlhf_bd.store.order import natural_key
-from openrlhf_bd.store.shard_file import RowGroup, ShardFile, ShardIndex, check_size, foreign_shard, unlisted_shards
-from openrlhf_bd.store.shards import REMEDY
+from openrlhf_bd.store.columns import Column, RowIds, ShardTable
+from openrlhf_bd.store.folder import StorePath, open_folder
+from openrlhf_bd.store.journal import Journal, SealedShard
+from openrlhf_bd.store.listing import sealed_shards
+from openrlhf_bd.store.manifest import REMEDY, QuarantinedRow, StoreManifest, StoreState
+from openrlhf_bd.store.order import natural_order
+from openrlhf_bd.store.shard_file import RowGroup, ShardFile, check_size, foreign_shard, is_whole, unlisted_shards
 
 # N rows of the store.
 
-_MAX_OPEN_SHARDS = 8
+_MAX_OPEN_SHARDS = 64
 
 
 class StoreReader:
     """The rows of a store, numbered 0 to N - 1 in the natural order of their ids (see `order.natural_key`).
 
     The numbering depends on the set of rows alone, not on the order in which they were made, on shards or on
-    interruptions. Only row ids and lengths are held; decoded row groups are cached up to `cache_bytes`.
-    A reader belongs to one process: open another one in each.
+    interruptions. Rows that `refresh` finds are numbered after these, as they were sealed. Only row ids and lengths
+    are held; decoded row groups are cached up to `cache_bytes`. A reader belongs to one process: open another one in
+    each.
 
     Attributes:
-        path: folder of the store.
+        path: of the store: a folder or a URL.
         manifest: what the rows are.
         complete: all rows are there.
         row_ids: of each row.
         prompt_lengths: prompt tokens of each row, int32 [N].
         response_lengths: response tokens of each row, int32 [N].
         num_states: states with a candidate set of each row, int32 [N]; 0 in stores without sets.
+        steps: optimizer step whose batch each row belongs to, int32 [N]; 0 in stores that no online run made.
     """
 
-    def __init__(self, path: str | Path, *, require_complete: bool = True, cache_bytes: int = 256 * 2**20) -> None:
-        """Open a store: check its manifest, each shard's size and owner, and read ids and lengths.
+    def __init__(self, path: StorePath, *, require_complete: bool = True, cache_bytes: int = 256 * 2**20) -> None:
+        """Open a store: check its lists and each shard's size, and read ids and lengths.
 
         Args:
-            path: folder of the store.
+            path: folder of the store, or its URL.
             require_complete: refuse an unfinished store. Otherwise the rows sealed by now are read.
             cache_bytes: memory for decoded row groups; the last one used is always kept.
 
         Raises:
-            StoreError: no store is there, it is unfinished, or a file is missing, damaged or foreign.
+            StoreError: no store is there, it is unfinished, or a file is missing, cut or foreign.
         """
-        self.path = Path(path)
-        self._state = StoreState.load(self.path)
+        self._folder = open_folder(path)
+        self.path = self._folder.url
+        self._cache = _Cache(cache_bytes)
+        self._open_shards: OrderedDict[int, ShardFile] = OrderedDict()
+        self._journal, self._shards, self.row_ids = Journal(self._folder), ShardTable(), RowIds()
+        self._columns = {name: Column(np.int32) for name in ("prompt", "response", "states", "step", "shard", "place")}
+        self._state = StoreState.load(self._folder)
+        for sealed in sealed_shards(self._folder, self._state, self._journal):
+            self._add(sealed)
         if require_complete and not self.complete:
             raise StoreError(
-                f"{self.path}: the store is unfinished: {self._state.num_rows} of {self.manifest.num_rows} rows; "
+                f"{self.path}: the store is unfinished: {len(self)} of {self.manifest.num_rows} rows; "
                 "run the command that makes it again, it goes on where it stopped"
             )
-        for entry in self._state.shards:
-            check_size(self.path, entry)
-        # Beside an unfinished store such a file may be a shard that is being sealed right now.
-        if self.complete and (foreign := unlisted_shards(self.path, self._state)):
-            raise foreign_shard(foreign[0])
-        self._open_shards: OrderedDict[int, ShardFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._build_index()
+        self._check_files()
+        self._sort_rows()
 
     @property
     def manifest(self) -> StoreManifest:
@@ -83,12 +87,28 @@ class StoreReader:
     @property
     def size_bytes(self) -> int:
         """Bytes of all shards on disk."""
-        return sum(entry.size_bytes for entry in self._state.shards)
+        return self._shards.size_bytes
 
     @property
     def cached_bytes(self) -> int:
         """Memory that decoded row groups take now; at most cache_bytes, or one row group."""
-        return sum(group.size_bytes for group in self._groups.values())
+        return self._cache.size_bytes
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        return self._columns["prompt"].values
+
+    @property
+    def response_lengths(self) -> NDArray[np.int32]:
+        return self._columns["response"].values
+
+    @property
+    def num_states(self) -> NDArray[np.int32]:
+        return self._columns["states"].values
+
+    @property
+    def steps(self) -> NDArray[np.int32]:
+        return self._columns["step"].values
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -108,11 +128,53 @@ class StoreReader:
                 f"{self.path}: rows {wanted.min()} to {wanted.max()} asked for, expected 0 to {len(self) - 1}"
             )
         found: dict[int, Rollout] = {}
-        for place in np.lexsort((self._group_N[wanted], self._shard_N[wanted])):
-            row = wanted[place]
-            group = self._group(int(self._shard_N[row]), int(self._group_N[row]))
-            found[int(place)] = group.rollout(int(self._slot_N[row]))
+        shards, places = self._columns["shard"].values[wanted], self._columns["place"].values[wanted]
+        for number in np.lexsort((places, shards)):
+            rollout = self._rollout(int(shards[number]), int(places[number]))
+            if rollout.row_id != self.row_ids[int(wanted[number])]:
+                raise StoreError(
+                    f"{self.path}/{self._shards[int(shards[number])].file}: row {rollout.row_id!r} in the place of "
+                    f"{self.row_ids[int(wanted[number])]!r}; {REMEDY}"
+                )
+            found[int(number)] = rollout
         return [found[place] for place in range(len(wanted))]
+
+    def index_of(self, row_ids: Iterable[str]) -> NDArray[np.int64]:
+        """Numbers of the rows with these ids, in the order asked for.
+
+        Raises:
+            StoreError: a row is not there.
+        """
+        wanted = list(row_ids)
+        found = self.row_ids.find(wanted)
+        if (found < 0).any():
+            raise StoreError(
+                f"{self.path}: row {wanted[int(np.argmin(found))]!r} is not among the {len(self)} rows read; "
+                "it was not sealed, or after the last refresh"
+            )
+        return found
+
+    def refresh(self) -> int:
+        """Pick up the shards sealed since the store was opened. Rows that were there keep their numbers.
+
+        Returns:
+            The number of new rows.
+
+        Raises:
+            StoreError: the store was repaired or replaced since (open it anew), or a new shard is damaged.
+        """
+        state, num_rows = StoreState.load(self._folder), len(self)
+        if (state.store_id, state.rewritten) != (self._state.store_id, self._state.rewritten):
+            raise self._changed()
+        for sealed in self._journal.read():
+            if (self.row_ids.find(sealed.rows.row_ids) >= 0).any():
+                raise self._changed()
+            self._add(sealed)
+        # The manifest was read before the journal, which may have grown since.
+        if self._journal.num_lines < state.sealed_shards:
+            raise self._changed()
+        self._state = state
+        return len(self) - num_rows
 
     def scan(self) -> Iterator[list[Rollout]]:
         """Every row once, one row group at a time, in the order of the files: fast, but not an order to train in.
@@ -120,11 +182,14 @@ class StoreReader:
         Raises:
             StoreError: as `rollouts`.
         """
-        for shard, entry in enumerate(self._state.shards):
-            file = ShardFile(self.path, entry, self._state.store_id)
-            for group in range(len(self._group_sizes[shard])):
-                rows = file.read_group(group)
-                yield [rows.rollout(row) for row in range(rows.num_rows)]
+        for entry in self._shards:
+            file = ShardFile(self._folder, entry, self._state.store_id)
+            try:
+                for group in range(file.num_groups):
+                    rows = file.read_group(group)
+                    yield [rows.rollout(row) for row in range(rows.num_rows)]
+            finally:
+                file.close()
 
     def verify(self) -> None:
         """Compare every byte of every shard with what was sealed (SHA-256).
@@ -133,67 +198,83 @@ class StoreReader:
             StoreError: the message names each file that differs, and its rows.
         """
         damaged = [
-            f"{self.path / entry.file}: its content is not what was sealed ({entry.num_rows} rows)"
-            for entry in self._state.shards
-            if _sha256_or_missing(self.path / entry.file) != entry.sha256
+            f"{self.path}/{entry.file}: its content is not what was sealed ({entry.num_rows} rows)"
+            for entry in self._shards
+            if not is_whole(self._folder, entry)
         ]
         if damaged:
             raise StoreError("\n".join(damaged) + f"\nFor each: {REMEDY}")
 
-    def _build_index(self) -> None:
-        indexes = [self._shard(shard).index() for shard in range(len(self._state.shards))]
-        row_ids = [row_id for index in indexes for row_id in index.row_ids]
-        order = np.array(sorted(range(len(row_ids)), key=lambda row: natural_key(row_ids[row])), dtype=np.int64)
-        self.row_ids = [row_ids[row] for row in order]
-        self._require_unique()
-        self.prompt_lengths = _column([index.prompt_lengths for index in indexes])[order]
-        self.response_lengths = _column([index.response_lengths for index in indexes])[order]
-        self.num_states = _column([index.num_states for index in indexes])[order]
-        self._group_sizes = [index.group_sizes for index in indexes]
-        self._shard_N = _column([np.full(len(index.row_ids), shard) for shard, index in enumerate(indexes)])[order]
-        self._group_N = _column([_group_of_rows(index) for index in indexes])[order]
-        self._slot_N = _column([_slot_of_rows(index) for index in indexes])[order]
+    def _add(self, sealed: SealedShard) -> None:
+        rows, num_rows = sealed.rows, sealed.shard.num_rows
+        columns = {
+            "prompt": rows.prompt_lengths,
+            "response": rows.response_lengths,
+            "states": rows.num_states,
+            "step": [0] * num_rows if rows.steps is None else rows.steps,
+            "shard": [len(self._shards)] * num_rows,
+            "place": range(num_rows),
+        }
+        for name, values in columns.items():
+            self._columns[name].extend(values)
+        self.row_ids.extend(rows.row_ids)
+        self._shards.append(sealed.shard)
 
-    def _require_unique(self) -> None:
+    def _check_files(self) -> None:
+        sizes = self._folder.sizes()
+        for entry in self._shards:
+            check_size(self._folder, entry, sizes.get(entry.file))
+        # Beside an unfinished store such a file may be a shard that is being sealed right now.
+        if self.complete and (foreign := unlisted_shards(sizes, self._shards)):
+            raise foreign_shard(f"{self.path}/{foreign[0]}")
+
+    def _sort_rows(self) -> None:
+        order = natural_order(self.row_ids)
+        for column in self._columns.values():
+            column.reorder(order)
+        self.row_ids = RowIds(self.row_ids[number] for number in order.tolist())
         # Equal ids are neighbours in any order of the ids.
-        for row_id, following in zip(self.row_ids, self.row_ids[1:], strict=False):
+        for row_id, following in pairwise(self.row_ids):
             if row_id == following:
                 raise StoreError(f"{self.path}: row {row_id!r} is there twice, expected once; {REMEDY}")
 
+    def _changed(self) -> StoreError:
+        return StoreError(f"{self.path}: the store was repaired or replaced since it was opened; open it anew")
+
+    def _rollout(self, shard: int, place: int) -> Rollout:
+        first = self._cache.get((shard, 0))
+        if first is not None and place < first.num_rows:
+            # A small shard has one group: what is decoded needs no open file.
+            return first.rollout(place)
+        file = self._shard(shard)
+        group, row = file.group_of(place)
+        rows = self._cache.get((shard, group)) or self._cache.put((shard, group), file.read_group(group))
+        return rows.rollout(row)
+
     def _shard(self, shard: int) -> ShardFile:
         if shard not in self._open_shards:
-            self._open_shards[shard] = ShardFile(self.path, self._state.shards[shard], self._state.store_id)
+            self._open_shards[shard] = ShardFile(self._folder, self._shards[shard], self._state.store_id)
             if len(self._open_shards) > _MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)
+                self._open_shards.popitem(last=False)[1].close()
         self._open_shards.move_to_end(shard)
         return self._open_shards[shard]
 
-    def _group(self, shard: int, group: int) -> RowGroup:
-        key = (shard, group)
-        if key not in self._groups:
-            rows = self._shard(shard).read_group(group)
-            while self._groups and self.cached_bytes + rows.size_bytes > self._cache_bytes:
-                self._groups.popitem(last=False)
-            self._groups[key] = rows
-        self._groups.move_to_end(key)
-        return self._groups[key]
 
+class _Cache:
+    """Decoded row groups, the ones last used, in bounded memory."""
 
-def _column(parts: Sequence[NDArray[np.integer]]) -> NDArray[np.int32]:
-    return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32)
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self.size_bytes = max_bytes, 0
+        self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
 
+    def get(self, key: tuple[int, int]) -> RowGroup | None:
+        if key in self._groups:
+            self._groups.move_to_end(key)
+        return self._groups.get(key)
 
-def _group_of_rows(index: ShardIndex) -> NDArray[np.int64]:
-    return np.repeat(np.arange(len(index.group_sizes)), index.group_sizes)
-
-
-def _slot_of_rows(index: ShardIndex) -> NDArray[np.int64]:
-    starts = np.cumsum(index.group_sizes) - index.group_sizes
-    return np.arange(index.group_sizes.sum()) - np.repeat(starts, index.group_sizes)
-
-
-def _sha256_or_missing(path: Path) -> str | None:
-    try:
-        return sha256_file(path)
-    except FileNotFoundError:
-        return None
+    def put(self, key: tuple[int, int], rows: RowGroup) -> RowGroup:
+        while self._groups and self.size_bytes + rows.size_bytes > self._max_bytes:
+            self.size_bytes -= self._groups.popitem(last=False)[1].size_bytes
+        self._groups[key] = rows
+        self.size_bytes += rows.size_bytes
+        return rows

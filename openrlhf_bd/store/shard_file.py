@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +12,52 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from openrlhf_bd.errors import StoreError
-from openrlhf_bd.records import RecordedSets, Rollout
-from openrlhf_bd.store.files import sha256_parquet_footer
-from openrlhf_bd.store.manifest import ShardEntry, StoreState
-from openrlhf_bd.store.shards import REMEDY, STORE_ID_KEY, fault_of_sets, token_hash
+from openrlhf_bd.records import Origin, RecordedSets, Rollout
+from openrlhf_bd.store.columns import is_shard_name
+from openrlhf_bd.store.files import sha256, sha256_parquet_footer
+from openrlhf_bd.store.folder import StoreFolder
+from openrlhf_bd.store.journal import SealedShard, ShardRows
+from openrlhf_bd.store.manifest import REMEDY, ShardEntry
+from openrlhf_bd.store.shards import STORE_ID_KEY, fault_of_origin, fault_of_sets, token_hash
 
 # T response tokens of one row, S states with a set, M candidates, R rows of a row group.
 
-SHARD_GLOB = "shard-*.parquet"
+# Memory of a decoded row group beside its arrays, and of each of its rows: what counts where shards are small.
+_GROUP_BYTES, _ROW_BYTES = 16_384, 256
+
 # What Arrow raises for bytes that are no Parquet, wrong checksums included.
 _ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
-def next_shard_name(state: StoreState) -> str:
-    """Name of the next shard: numbers go on from the last, even where a repair took one out."""
-    number = 1 + max((int(entry.file.removeprefix("shard-").split(".")[0]) for entry in state.shards), default=-1)
-    return f"shard-{number:05d}.parquet"
+def unlisted_shards(sizes: Mapping[str, int | None], shards: Iterable[ShardEntry]) -> list[str]:
+    """Files of a folder that are named like shards, and that no line of the journal lists."""
+    listed = {entry.file for entry in shards}
+    return sorted(name for name in sizes if is_shard_name(name) and name not in listed)
 
 
-def unlisted_shards(folder: Path, state: StoreState) -> list[Path]:
-    """Files named like shards that the manifest does not list."""
-    listed = {entry.file for entry in state.shards}
-    return sorted(path for path in folder.glob(SHARD_GLOB) if path.name not in listed)
-
-
-def foreign_shard(path: Path) -> StoreError:
+def foreign_shard(path: str) -> StoreError:
     """The error for a shard that does not belong to the store in whose folder it lies."""
     return StoreError(
-        f"{path}: the store's manifest does not list this shard; it was copied here from elsewhere. "
-        "Move it out of the folder: its rows would not be read"
+        f"{path}: the store does not list this shard; it was copied here from elsewhere. "
+        "Its rows would not be read: move it out of the folder, by hand or by openrlhf-bd inspect PATH --repair, where "
+        "PATH is the folder"
     )
 
 
-def check_size(folder: Path, entry: ShardEntry) -> None:
+def check_size(folder: StoreFolder, entry: ShardEntry, size_bytes: int | None) -> None:
     """Refuse a shard that is missing, or longer or shorter than when it was sealed.
+
+    Args:
+        folder: of the store.
+        entry: the shard as it was sealed.
+        size_bytes: of its file; None where it is missing.
 
     Raises:
         StoreError: the message names the file.
     """
-    path = folder / entry.file
-    if not path.is_file():
-        raise StoreError(f"{path}: missing; the manifest lists it with {entry.num_rows} rows; {REMEDY}")
-    size_bytes = path.stat().st_size
+    path = f"{folder}/{entry.file}"
+    if size_bytes is None:
+        raise StoreError(f"{path}: missing; the store lists it with {entry.num_rows} rows; {REMEDY}")
     if size_bytes != entry.size_bytes:
         raise StoreError(
             f"{path}: {size_bytes} bytes, expected {entry.size_bytes} ({entry.num_rows} rows); "
@@ -61,50 +65,71 @@ def check_size(folder: Path, entry: ShardEntry) -> None:
         )
 
 
-def shard_store_id(path: Path) -> str | None:
+def is_whole(folder: StoreFolder, entry: ShardEntry) -> bool:
+    """Whether a shard's bytes are those that were sealed."""
+    try:
+        with folder.open(entry.file) as file:
+            return sha256(file) == entry.sha256
+    except FileNotFoundError:
+        return False
+
+
+def shard_store_id(folder: StoreFolder, name: str) -> str | None:
     """The store that a Parquet file says it belongs to, or None if it says none or is no Parquet file."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        with folder.open(name) as file:
+            return _store_id(pq.read_schema(file))
     except _ARROW_ERRORS:
         return None
-    store_id = metadata.get(STORE_ID_KEY)
+
+
+def _store_id(schema: pa.Schema) -> str | None:
+    store_id = (schema.metadata or {}).get(STORE_ID_KEY)
     return None if store_id is None else store_id.decode(errors="replace")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """What is known of a shard's rows without reading their tokens. One entry a row, in the shard's order."""
-
-    row_ids: list[str]
-    prompt_lengths: NDArray[np.int32]
-    response_lengths: NDArray[np.int32]
-    num_states: NDArray[np.int32]
-    group_sizes: NDArray[np.int64]
 
 
 class ShardFile:
     """An open shard."""
 
-    def __init__(self, folder: Path, entry: ShardEntry, store_id: str) -> None:
-        """Open a sealed shard and check that it is what the manifest lists.
+    def __init__(self, folder: StoreFolder, entry: ShardEntry, store_id: str) -> None:
+        """Open a sealed shard and check that it is what the store lists.
 
         Raises:
             StoreError: it is missing, damaged, or a shard of another store.
         """
-        check_size(folder, entry)
-        self.path, self.entry = folder / entry.file, entry
-        found = shard_store_id(self.path)
+        check_size(folder, entry, folder.size_bytes(entry.file))
+        self.path, self.entry = f"{folder}/{entry.file}", entry
+        self._source = folder.open(entry.file)
+        try:
+            is_whole = sha256_parquet_footer(self._source) == entry.footer_sha256
+            self._source.seek(0)
+            self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
+            found = _store_id(self._file.schema_arrow)
+        except _ARROW_ERRORS as error:
+            raise self._damaged("all rows", error) from None
         if found not in (store_id, None):
             raise StoreError(
-                f"{self.path}: a shard of store {found!r}, expected one of store {store_id!r}; "
-                "put the store's own file back, or generate the data again at another path"
+                f"{self.path}: a shard of store {found!r}, expected one of store {store_id!r} ({entry.num_rows} rows); "
+                f"{REMEDY}"
             )
-        if sha256_parquet_footer(self.path) != entry.footer_sha256:
+        if not is_whole:
             raise self._damaged("all rows", "its footer is not what was sealed")
-        self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
+        metadata = self._file.metadata
+        self._group_sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._group_ends = np.cumsum(self._group_sizes)
 
-    def index(self) -> ShardIndex:
-        """Row ids and lengths.
+    @property
+    def num_groups(self) -> int:
+        """Row groups."""
+        return len(self._group_sizes)
+
+    def group_of(self, row: int) -> tuple[int, int]:
+        """The row group of a row of this file, and the row's place in it."""
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        return group, row - int(self._group_ends[group] - self._group_sizes[group])
+
+    def sealed(self) -> SealedShard:
+        """The shard with the index of its rows, read from the file: what a journal would say.
 
         Raises:
             StoreError: these columns are damaged.
@@ -112,22 +137,18 @@ class ShardFile:
         names = ["row_id", "prompt_length", "response_length", "num_states"]
         try:
             table = self._file.read(columns=names, use_threads=False)
-            row_ids = table.column("row_id").to_pylist()
+            row_ids, *lengths = (table.column(name).to_pylist() for name in names)
         except _ARROW_ERRORS as error:
             raise self._damaged("all rows", error) from None
-        metadata = self._file.metadata
-        group_sizes = np.array(
-            [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], np.int64
-        )
-        if len(row_ids) != self.entry.num_rows or group_sizes.sum() != self.entry.num_rows:
+        if {len(row_ids), sum(self._group_sizes)} != {self.entry.num_rows}:
             raise self._damaged("all rows", f"{len(row_ids)} rows, expected {self.entry.num_rows}")
-        return ShardIndex(
+        rows = ShardRows(
             row_ids=row_ids,
-            prompt_lengths=table.column("prompt_length").to_numpy(),
-            response_lengths=table.column("response_length").to_numpy(),
-            num_states=table.column("num_states").to_numpy(),
-            group_sizes=group_sizes,
+            prompt_lengths=lengths[0],
+            response_lengths=lengths[1],
+            num_states=lengths[2],
         )
+        return SealedShard(shard=self.entry, rows=rows)
 
     def read_group(self, group: int) -> RowGroup:
         """Decode one row group.
@@ -138,8 +159,12 @@ class ShardFile:
         try:
             return RowGroup(self._file.read_row_group(group, use_threads=False), self.path)
         except _ARROW_ERRORS as error:
-            sizes = [self._file.metadata.row_group(before).num_rows for before in range(group + 1)]
-            raise self._damaged(f"rows {sum(sizes[:-1])} to {sum(sizes) - 1}", error) from None
+            end = int(self._group_ends[group])
+            raise self._damaged(f"rows {end - self._group_sizes[group]} to {end - 1}", error) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._source.close()
 
     def _damaged(self, rows: str, finding: object) -> StoreError:
         return StoreError(f"{self.path}: damaged ({rows} of this file): {finding}; {REMEDY}")
@@ -153,15 +178,17 @@ class RowGroup:
         size_bytes: memory that it takes.
     """
 
-    def __init__(self, table: pa.Table, path: Path) -> None:
+    def __init__(self, table: pa.Table, path: str | Path) -> None:
         self._path = path
         self.num_rows: int = table.num_rows
-        self.size_bytes: int = table.nbytes
+        self.size_bytes: int = table.nbytes + _GROUP_BYTES + _ROW_BYTES * self.num_rows
         self._row_ids: list[str] = table.column("row_id").to_pylist()
         self._finish_reasons: list[Any] = table.column("finish_reason").to_pylist()
         self._token_hashes: NDArray[np.uint64] = table.column("token_hash").to_numpy()
         self._teacher_hashes = _optional_column(table, "teacher_prompt_hash")
         self._teachers = _optional_column(table, "teacher")
+        self._steps, self._sources = _optional_column(table, "step"), _optional_column(table, "source")
+        self._versions = _optional_column(table, "policy_version")
         self._num_states: NDArray[np.int32] = table.column("num_states").to_numpy()
         self._lists = {
             field.name: _FlatLists(table.column(field.name)) for field in table.schema if pa.types.is_list(field.type)
@@ -191,7 +218,21 @@ class RowGroup:
             sets=self._sets(row, num_tokens=len(response_ids)) if self._num_states[row] else None,
             teacher_prompt_hash=None if self._teacher_hashes is None else self._teacher_hashes[row],
             teacher=None if self._teachers is None else self._teachers[row],
+            origin=self._origin(row, num_tokens=len(response_ids)),
         )
+
+    def _origin(self, row: int, *, num_tokens: int) -> Origin | None:
+        if self._steps is None or self._sources is None or self._versions is None:
+            return None
+        origin = Origin(
+            step=self._steps[row],
+            source=self._sources[row],
+            policy_version=self._versions[row],
+            behaviour_logprobs_T=self._optional("behaviour_logprobs", row),
+        )
+        if fault := fault_of_origin(origin, num_tokens):
+            raise StoreError(f"{self._path}: row {self._row_ids[row]!r}: found {fault}; {REMEDY}")
+        return origin
 
     def _optional(self, name: str, row: int) -> NDArray[Any] | None:
         lists = self._lists.get(name)

@@ -9,6 +9,11 @@
     teacher_prompt_hash uint64                of the prompt that the teacher saw (`prompt_hash`); only in stores whose
                                               manifest has a fingerprint "teacher_prompts"
     teacher            string                 which teacher; only in stores of several: fingerprints "teacher:<name>"
+    step               int32                  optimizer step whose batch the row belongs to; this and the next three
+                                              only in stores of online runs (see `records.Origin`)
+    source             string                 "teacher" | "student": who sampled the response
+    policy_version     int32 | null           steps behind the student's weights; null in the teacher's rows
+    behaviour_logprobs list<float32> | null   of each response token under what sampled it, nats; null as above
     prompt_ids         list<int32>
     response_ids       list<int32>
     response_logprobs  list<float32> | null   nats; teacher stores only
@@ -37,7 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from openrlhf_bd.records import RecordedSets, Rollout
+from openrlhf_bd.records import Origin, RecordedSets, Rollout
 from openrlhf_bd.store.manifest import StoreManifest
 
 # T response tokens of one row, S states with a set, M candidates.
@@ -46,10 +51,6 @@ GROUP_TOKENS = 16_384
 # A group's candidates are bounded as well: sets can hold a whole vocabulary, and list offsets are int32.
 GROUP_CANDIDATES = 1_048_576
 STORE_ID_KEY = b"openrlhf_bd.store_id"
-REMEDY = (
-    "restore the file from a copy, or have its rows made again: openrlhf-bd inspect PATH --repair, where PATH is the "
-    "store's folder"
-)
 
 
 def token_hash(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32]) -> int:
@@ -76,6 +77,7 @@ def arrow_schema(manifest: StoreManifest, store_id: str) -> pa.Schema:
         pa.field("num_states", pa.int32(), nullable=False),
         pa.field("token_hash", pa.uint64(), nullable=False),
         *_teacher_fields(manifest),
+        *_origin_fields(manifest),
         pa.field("prompt_ids", int_list, nullable=False),
         pa.field("response_ids", int_list, nullable=False),
     ]
@@ -96,6 +98,14 @@ def _teacher_fields(manifest: StoreManifest) -> Iterator[pa.Field]:
         yield pa.field("teacher", pa.string(), nullable=False)
 
 
+def _origin_fields(manifest: StoreManifest) -> Iterator[pa.Field]:
+    if manifest.online:
+        yield pa.field("step", pa.int32(), nullable=False)
+        yield pa.field("source", pa.string(), nullable=False)
+        yield pa.field("policy_version", pa.int32(), nullable=True)
+        yield pa.field("behaviour_logprobs", _list_of(pa.float32()), nullable=True)
+
+
 def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
     """Refuse a row that is malformed or not what the manifest promises.
 
@@ -114,6 +124,10 @@ def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
         found = f"{'no ' if manifest.has_teacher_prompts else ''}hash of a teacher's prompt, unlike the manifest"
     elif rollout.teacher not in (manifest.teachers or (None,)):
         found = f"teacher {rollout.teacher!r}, expected one of {manifest.teachers or 'a store without names'}"
+    elif (rollout.origin is not None) != manifest.online:
+        found = f"{'no ' if manifest.online else ''}origin, though the manifest says online: {manifest.online}"
+    elif rollout.origin is not None and (fault := fault_of_origin(rollout.origin, num_tokens)):
+        found = fault
     elif (sets is not None) != manifest.has_sets:
         found = f"{'no ' if sets is None else ''}candidate sets, though the store's top_p is {manifest.top_p}"
     elif sets is not None and sets.is_whole != manifest.has_whole_sets:
@@ -122,6 +136,24 @@ def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
         found = fault_of_sets(sets, num_tokens, has_logprobs=manifest.has_logprobs)
     if found:
         raise ValueError(f"row {rollout.row_id!r}: found {found}")
+
+
+def fault_of_origin(origin: Origin, num_tokens: int) -> str | None:
+    """What is wrong with a row's origin, in words, or None."""
+    version, logprobs_T = origin.policy_version, origin.behaviour_logprobs_T
+    if origin.step < 1:
+        return f"step {origin.step}, expected at least 1"
+    if origin.source == "teacher":
+        has_any = version is not None or logprobs_T is not None
+        return "a policy version or behaviour log-probabilities in a row of the teacher" if has_any else None
+    if origin.source != "student":
+        return f"source {origin.source!r}, expected teacher or student"
+    if version is None or not 0 <= version < origin.step:
+        return f"policy version {version} in a student's row of step {origin.step}, expected 0 to {origin.step - 1}"
+    if logprobs_T is None or len(logprobs_T) != num_tokens or np.isnan(logprobs_T).any():
+        length = 0 if logprobs_T is None else len(logprobs_T)
+        return f"{length} behaviour log-probabilities in a student's row, expected {num_tokens} numbers"
+    return None
 
 
 def fault_of_sets(sets: RecordedSets, num_tokens: int, *, has_logprobs: bool) -> str | None:
@@ -187,6 +219,7 @@ def _encode(rollouts: Sequence[Rollout], schema: pa.Schema) -> pa.Table:
         "token_hash": [token_hash(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts],
         "teacher_prompt_hash": [rollout.teacher_prompt_hash for rollout in rollouts],
         "teacher": [rollout.teacher for rollout in rollouts],
+        **_origin_columns([rollout.origin for rollout in rollouts]),
         "prompt_ids": [rollout.prompt_ids for rollout in rollouts],
         "response_ids": [rollout.response_ids for rollout in rollouts],
         "response_logprobs": [rollout.logprobs_T for rollout in rollouts],
@@ -202,6 +235,15 @@ def _encode(rollouts: Sequence[Rollout], schema: pa.Schema) -> pa.Table:
         for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _origin_columns(origins: Sequence[Origin | None]) -> dict[str, Sequence[Any]]:
+    return {
+        "step": [origin and origin.step for origin in origins],
+        "source": [origin and origin.source for origin in origins],
+        "policy_version": [origin and origin.policy_version for origin in origins],
+        "behaviour_logprobs": [origin and origin.behaviour_logprobs_T for origin in origins],
+    }
 
 
 def _list_of(element: pa.DataType) -> pa.DataType:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,25 +14,14 @@ import numpy as np
 
 from openrlhf_bd.errors import RunFolderError, StoreError
 from openrlhf_bd.records import Rollout
-from openrlhf_bd.store.files import (
-    LOCK_FILE,
-    TEMPORARY_SUFFIX,
-    FolderLock,
-    seal,
-    sha256_file,
-    sha256_parquet_footer,
-    temporary_name,
-)
-from openrlhf_bd.store.manifest import MANIFEST_FILE, QuarantinedRow, ShardEntry, StoreManifest, StoreState
+from openrlhf_bd.store.columns import RowIds, ShardTable, shard_name
+from openrlhf_bd.store.files import LOCK_FILE, TEMPORARY_SUFFIX, sha256_file, sha256_parquet_footer
+from openrlhf_bd.store.folder import StoreFolder, StorePath, open_folder
+from openrlhf_bd.store.journal import JOURNAL_FILE, Journal, SealedShard, ShardRows
+from openrlhf_bd.store.listing import list_again, sealed_shards
+from openrlhf_bd.store.manifest import JOB_FILE, MANIFEST_FILE, QuarantinedRow, ShardEntry, StoreManifest, StoreState
 from openrlhf_bd.store.order import natural_key
-from openrlhf_bd.store.shard_file import (
-    SHARD_GLOB,
-    ShardFile,
-    foreign_shard,
-    next_shard_name,
-    shard_store_id,
-    unlisted_shards,
-)
+from openrlhf_bd.store.shard_file import check_size, foreign_shard, shard_store_id, unlisted_shards
 from openrlhf_bd.store.shards import arrow_schema, check_rollout, write_shard
 
 logger = logging.getLogger(__name__)
@@ -40,48 +30,55 @@ logger = logging.getLogger(__name__)
 class StoreWriter:
     """The one writer of a store.
 
-    Rows are buffered; each full buffer is sealed as a shard: temporary file, fsync, rename, fsync of the folder, then
-    the manifest in the same way. Opening an unfinished store with an equal manifest continues it; appending a row that
-    is there already does nothing, so a producer may repeat itself after a crash.
+    Rows are buffered; each full buffer is sealed as a shard: temporary file, fsync, rename, fsync of the folder, then a
+    line of the journal, and its fsync. Opening an unfinished store with an equal manifest continues it; appending a
+    row that is there already does nothing, so a producer may repeat itself after a crash.
 
     As a context manager it marks the store complete at the end of the block. If an exception leaves the block, the
     rows so far are sealed and the store stays unfinished.
     """
 
-    def __init__(self, path: str | Path, manifest: StoreManifest, rows_per_shard: int = 2048) -> None:
+    def __init__(self, path: StorePath, manifest: StoreManifest, rows_per_shard: int = 2048) -> None:
         """Open a new store, or continue an unfinished one.
 
         Args:
-            path: folder of the store; made if it is missing.
+            path: folder of the store, or its URL; made if it is missing.
             manifest: what the rows will be.
             rows_per_shard: rows of one shard, and most rows that a crash can lose.
 
         Raises:
             RunFolderError: the folder holds another store (each differing key is listed) or other files, or another
                 process is writing to it. Nothing was changed.
-            StoreError: a sealed shard or the manifest is damaged, or the folder can't be written.
+            StoreError: a sealed shard is missing or cut, the lists are damaged, or the folder can't be written.
         """
         if rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {rows_per_shard}, expected at least 1")
-        self.path = Path(path)
+        self._folder = open_folder(path)
+        self.path = self._folder.url
         self._rows_per_shard = rows_per_shard
         self._buffer: dict[str, Rollout] = {}
-        _refuse_other_files(self.path)
+        self._journal, self._shards, self._sealed_ids = Journal(self._folder), ShardTable(), RowIds()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.path)
+            _refuse_other_files(self._folder)
+            self._folder.make()
+            self._lock = self._folder.lock()
         except RunFolderError:
             raise
         except OSError as error:
             raise StoreError(f"{self.path}: can't be written: {error}; name another path") from error
         try:
             self._state = self._continue_or_create(manifest)
-            self._sealed_ids = self._read_sealed_ids()
         except BaseException:
             self._lock.release()
             raise
         self._is_open = True
+        self._quarantined = {row.row_id for row in self._state.quarantined}
         self._schema = arrow_schema(self._state.manifest, self._state.store_id)
+
+    @property
+    def manifest(self) -> StoreManifest:
+        """What the rows are."""
+        return self._state.manifest
 
     @property
     def complete(self) -> bool:
@@ -89,12 +86,32 @@ class StoreWriter:
         return self._state.complete
 
     def completed_row_ids(self) -> frozenset[str]:
-        """Ids of the sealed rows: those that need not be made again. Buffered rows are not among them."""
+        """Ids of the sealed rows: those that need not be made again. Buffered rows are not among them.
+
+        A set of a million ids takes 100 MB; `settled_rows` takes none.
+        """
         return frozenset(self._sealed_ids)
+
+    def settled_rows(self) -> Container[str]:
+        """Ids of the rows that are sealed or were given up, also of those to come: they need not be made again."""
+        return _Settled(self._sealed_ids, self._quarantined)
+
+    def keep_job(self, options: str) -> None:
+        """Keep the options of the job that began the store: what a repair repeats. Later ones change nothing.
+
+        Raises:
+            StoreError: the disk is full or failing.
+        """
+        self._require_open()
+        try:
+            if self._folder.size_bytes(JOB_FILE) is None:
+                self._folder.replace(JOB_FILE, options.encode())
+        except OSError as error:
+            raise self._write_failed(JOB_FILE, error) from error
 
     def quarantined_row_ids(self) -> frozenset[str]:
         """Ids of the rows that were given up; the store is complete without them."""
-        return frozenset(row.row_id for row in self._state.quarantined)
+        return frozenset(self._quarantined)
 
     def quarantine(self, row_id: str, reason: str) -> None:
         """Give a row up: the store is complete without it, and names it.
@@ -106,9 +123,10 @@ class StoreWriter:
         self._require_open()
         if row_id in self._sealed_ids or row_id in self._buffer:
             raise ValueError(f"{self.path}: row {row_id!r} is there, it cannot be quarantined")
-        if row_id not in self.quarantined_row_ids():
+        if row_id not in self._quarantined:
             row = QuarantinedRow(row_id=row_id, reason=reason)
-            self._save(self._state.model_copy(update={"quarantined": (*self._state.quarantined, row)}))
+            self._save(quarantined=(*self._state.quarantined, row))
+            self._quarantined.add(row_id)
 
     def append(self, rollouts: Sequence[Rollout]) -> int:
         """Add rows; those whose row_id is in the store already are dropped. Seals each full shard.
@@ -132,7 +150,7 @@ class StoreWriter:
             if self.complete:
                 raise StoreError(
                     f"{self.path}: row {rollout.row_id!r} is new, but the store is complete "
-                    f"with {self._state.num_rows} rows; write to another path"
+                    f"with {len(self._sealed_ids)} rows; write to another path"
                 )
             self._buffer[rollout.row_id] = rollout
             num_new += 1
@@ -163,7 +181,8 @@ class StoreWriter:
             self.flush()
             if not self.complete:
                 self._require_all_rows()
-                self._save(self._state.model_copy(update={"complete": True}))
+                self._save(complete=True)
+            self._fold_journal()
         finally:
             self._release()
 
@@ -177,6 +196,9 @@ class StoreWriter:
             return
         try:
             self.flush()
+            if len(self._shards) != self._state.sealed_shards:
+                self._save()
+            self._fold_journal()
         finally:
             self._release()
 
@@ -195,71 +217,96 @@ class StoreWriter:
             self.suspend()
 
     def _continue_or_create(self, manifest: StoreManifest) -> StoreState:
-        if not (self.path / MANIFEST_FILE).exists():
-            self._remove_temporaries()
-            self._save(StoreState(store_id=uuid.uuid4().hex, manifest=manifest))
-            return self._state
-        state = StoreState.load(self.path)
-        state.manifest.require_equal(manifest, self.path)
+        sizes = self._folder.sizes()
+        if MANIFEST_FILE not in sizes:
+            self._remove_temporaries(sizes)
+            state = StoreState(store_id=uuid.uuid4().hex, manifest=manifest)
+            self._write_state(state)
+            return state
+        state = StoreState.load(self._folder)
+        state.manifest.require_equal(manifest, self._folder)
         if state.manifest.versions != manifest.versions:
             logger.warning("%s: begun with versions %s, now %s", self.path, state.manifest.versions, manifest.versions)
-        self._remove_temporaries()
-        self._remove_unlisted_shards(state)
+        if state.listed is not None:
+            state = self._with_journal(state)
+        self._remove_temporaries(sizes)
+        self._read_shards(state, sizes)
+        self._remove_unlisted_shards(state, sizes)
         return state
 
-    def _remove_temporaries(self) -> None:
-        for name in (SHARD_GLOB, MANIFEST_FILE):
-            for leftover in self.path.glob(name + TEMPORARY_SUFFIX):
-                leftover.unlink()
+    def _with_journal(self, state: StoreState) -> StoreState:
+        shards = sealed_shards(self._folder, state, self._journal)
+        try:
+            return list_again(self._folder, state, shards, complete=state.complete)
+        except OSError as error:
+            raise self._write_failed(JOURNAL_FILE, error) from error
 
-    def _remove_unlisted_shards(self, state: StoreState) -> None:
-        # A crash between a shard's rename and the manifest's leaves a shard whose rows do not count yet.
-        for path in unlisted_shards(self.path, state):
-            if shard_store_id(path) != state.store_id:
-                raise foreign_shard(path)
-            path.unlink()
+    def _read_shards(self, state: StoreState, sizes: Mapping[str, int | None]) -> None:
+        for sealed in sealed_shards(self._folder, state, self._journal):
+            check_size(self._folder, sealed.shard, sizes.get(sealed.shard.file))
+            self._shards.append(sealed.shard)
+            self._sealed_ids.extend(sealed.rows.row_ids)
 
-    def _read_sealed_ids(self) -> set[str]:
-        return {
-            row_id
-            for entry in self._state.shards
-            for row_id in ShardFile(self.path, entry, self._state.store_id).index().row_ids
-        }
+    def _remove_temporaries(self, sizes: Mapping[str, int | None]) -> None:
+        for name in sizes:
+            if name.endswith(TEMPORARY_SUFFIX):
+                self._folder.remove(name)
+
+    def _remove_unlisted_shards(self, state: StoreState, sizes: Mapping[str, int | None]) -> None:
+        # A crash between a shard's rename and the journal's line leaves a shard whose rows do not count yet.
+        for name in unlisted_shards(sizes, self._shards):
+            if shard_store_id(self._folder, name) != state.store_id:
+                raise foreign_shard(f"{self._folder}/{name}")
+            self._folder.remove(name)
 
     def _seal(self, rollouts: list[Rollout]) -> None:
-        path = self.path / next_shard_name(self._state)
+        name = shard_name(self._shards.last_number + 1)
         rollouts = sorted(rollouts, key=lambda rollout: natural_key(rollout.row_id))
         try:
-            write_shard(temporary_name(path), rollouts, self._schema)
-            entry = _shard_entry(temporary_name(path), path.name, rollouts)
-            seal(path)
+            with self._folder.writing(name) as path:
+                write_shard(path, rollouts, self._schema)
+                entry = _shard_entry(path, name, rollouts)
         except OSError as error:
-            raise self._write_failed(path, error) from error
-        self._save(self._state.model_copy(update={"shards": (*self._state.shards, entry)}))
-        for rollout in rollouts:
-            del self._buffer[rollout.row_id]
-            self._sealed_ids.add(rollout.row_id)
-
-    def _save(self, state: StoreState) -> None:
+            raise self._write_failed(name, error) from error
+        rows = _shard_rows(rollouts, online=self._state.manifest.online)
         try:
-            state.save(self.path)
+            self._journal.append(SealedShard(shard=entry, rows=rows))
         except OSError as error:
-            raise self._write_failed(self.path / MANIFEST_FILE, error) from error
+            raise self._write_failed(JOURNAL_FILE, error) from error
+        self._shards.append(entry)
+        self._sealed_ids.extend(rows.row_ids)
+        for row_id in rows.row_ids:
+            del self._buffer[row_id]
+
+    def _save(self, **changes: object) -> None:
+        state = self._state.model_copy(update={"sealed_shards": len(self._shards), **changes})
+        self._write_state(state)
         self._state = state
 
-    def _write_failed(self, path: Path, error: OSError) -> StoreError:
+    def _write_state(self, state: StoreState) -> None:
+        try:
+            state.save(self._folder)
+        except OSError as error:
+            raise self._write_failed(MANIFEST_FILE, error) from error
+
+    def _fold_journal(self) -> None:
+        try:
+            self._folder.fold(JOURNAL_FILE)
+        except OSError as error:
+            raise self._write_failed(JOURNAL_FILE, error) from error
+
+    def _write_failed(self, name: str, error: OSError) -> StoreError:
         return StoreError(
-            f"{path}: could not be written: {error}. Rows sealed before are safe; "
+            f"{self._folder}/{name}: could not be written: {error}. Rows sealed before are safe; "
             "make room (or mend the disk) and run the same command again to continue"
         )
 
     def _require_all_rows(self) -> None:
         expected = self._state.manifest.num_rows - len(self._state.quarantined)
-        if (found := self._state.num_rows) != expected:
+        if (found := len(self._sealed_ids)) != expected:
             raise StoreError(
-                f"{self.path}: {found} rows, expected {expected} ({self._state.manifest.num_prompts} prompts with "
-                f"{self._state.manifest.n_samples_per_prompt} responses each), {len(self._state.quarantined)} "
-                "quarantined; the store stays unfinished: "
+                f"{self.path}: {found} rows, expected {expected} ({self._state.manifest.num_rows_in_words}), "
+                f"{len(self._state.quarantined)} quarantined; the store stays unfinished: "
                 "run the same command again to make the missing rows"
             )
 
@@ -273,13 +320,20 @@ class StoreWriter:
         self._lock.release()
 
 
-def _refuse_other_files(folder: Path) -> None:
-    if not folder.exists() or (folder / MANIFEST_FILE).exists():
+@dataclass(frozen=True, slots=True)
+class _Settled(Container[str]):
+    sealed: RowIds
+    quarantined: set[str]
+
+    def __contains__(self, row_id: object) -> bool:
+        return row_id in self.quarantined or row_id in self.sealed
+
+
+def _refuse_other_files(folder: StoreFolder) -> None:
+    names = folder.sizes().keys()
+    if MANIFEST_FILE in names:
         return
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder}: found a file, expected a folder; name another path")
-    ours = {LOCK_FILE, MANIFEST_FILE + TEMPORARY_SUFFIX}
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+    others = sorted(names - {LOCK_FILE, MANIFEST_FILE + TEMPORARY_SUFFIX})
     if others:
         raise RunFolderError(
             f"{folder}: the folder holds files that are no store ({', '.join(others[:5])}); expected a new or empty "
@@ -289,6 +343,8 @@ def _refuse_other_files(folder: Path) -> None:
 
 def _shard_entry(written: Path, name: str, rollouts: Sequence[Rollout]) -> ShardEntry:
     sets = [rollout.sets for rollout in rollouts if rollout.sets is not None]
+    with written.open("rb") as file:
+        footer_sha256 = sha256_parquet_footer(file)
     return ShardEntry(
         file=name,
         num_rows=len(rollouts),
@@ -298,5 +354,15 @@ def _shard_entry(written: Path, name: str, rollouts: Sequence[Rollout]) -> Shard
         num_candidates=int(np.sum([len(row.ids_M) for row in sets], dtype=np.int64)),
         size_bytes=written.stat().st_size,
         sha256=sha256_file(written),
-        footer_sha256=sha256_parquet_footer(written),
+        footer_sha256=footer_sha256,
+    )
+
+
+def _shard_rows(rollouts: Sequence[Rollout], *, online: bool) -> ShardRows:
+    return ShardRows(
+        row_ids=[rollout.row_id for rollout in rollouts],
+        prompt_lengths=[len(rollout.prompt_ids) for rollout in rollouts],
+        response_lengths=[len(rollout.response_ids) for rollout in rollouts],
+        num_states=[rollout.sets.num_states if rollout.sets else 0 for rollout in rollouts],
+        steps=[rollout.origin.step for rollout in rollouts if rollout.origin] if online else None,
     )

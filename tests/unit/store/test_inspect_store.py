@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from openrlhf_bd.cli.inspect_store import main
+from openrlhf_bd.cli.store_figure import draw_summary
 from openrlhf_bd.records import RecordedSets, Rollout
-from openrlhf_bd.store import StoreManifest, StoreWriter
+from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter, summary
 from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
-from tests.unit.store.rows import gold_row, teacher_manifest
+from tests.unit.store.rows import gold_row, teacher_manifest, teacher_row
 
 WORDS = ["<eos>", "yes", "no", "[bold]maybe"]
 
@@ -56,7 +57,7 @@ def test_summary_and_verification(store: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "complete, verified" in shown
     assert "mean 1.50" in shown
-    assert "top 1: 0.875" in shown
+    assert "1: 0.875, 2: 1.000" in shown
 
 
 def test_rows_as_ids(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,8 +93,6 @@ def test_store_of_p_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert "top_p 1: the whole vocabulary, 1 states" in shown
     assert "the whole vocabulary" in shown.split("train:0:0")[1]
-    assert main([str(tmp_path / "store"), "--plot", str(tmp_path / "sets.png")]) == 2
-    assert "at a top_p below 1" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_other_tokenizer_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,14 +104,80 @@ def test_other_tokenizer_is_refused(store: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_plot(store: Path, tmp_path: Path) -> None:
-    """The drawing is a picture file; a store without sets has none, and a strange file type is refused."""
+    """The drawing is a picture file, of lengths alone without sets; no rows or a strange file type are refused."""
     assert main([str(store), "--plot", str(tmp_path / "sets.png")]) == 0
     assert (tmp_path / "sets.png").read_bytes().startswith(b"\x89PNG")
     assert main([str(store), "--plot", str(tmp_path / "sets.docx")]) == 2
     with StoreWriter(tmp_path / "gold", StoreManifest(kind="gold", num_prompts=1)) as writer:
         writer.append([gold_row(0)])
-    assert main([str(tmp_path / "gold"), "--plot", str(tmp_path / "gold.png")]) == 2
-    assert not (tmp_path / "gold.png").exists()
+    assert main([str(tmp_path / "gold"), "--plot", str(tmp_path / "gold.png")]) == 0
+    assert (tmp_path / "gold.png").read_bytes().startswith(b"\x89PNG")
+    StoreWriter(tmp_path / "empty", teacher_manifest()).suspend()
+    assert main([str(tmp_path / "empty"), "--plot", str(tmp_path / "empty.png")]) == 2
+    assert not (tmp_path / "empty.png").exists()
+
+
+def test_picture_shows_the_store(store: Path) -> None:
+    """Bars and lines of the picture are the store's numbers: lengths, set sizes, and Fig. 1's sorted probabilities."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    draw_summary(summary(StoreReader(store)), figure)
+    lengths, sizes, ranks = figure.axes
+    # One cut response of one token.
+    assert [bar.get_height() for bar in lengths.patches] == [1]
+    # A set of one token and a set of two.
+    assert [bar.get_height() for bar in sizes.patches] == [0.5, 0.5]
+    # The most probable tokens have 1.0 and 0.75, the second ones nothing and 0.25, in float16.
+    assert [bar.get_height() for bar in ranks.patches[:3]] == pytest.approx([0.875, 0.125, 0.0], abs=1e-3)
+    assert ranks.lines[0].get_ydata()[:3] == pytest.approx([0.875, 1.0, 1.0], abs=1e-3)
+
+
+def test_unfinished_and_quarantined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unfinished store tells how many rows it has, an empty one no means of nothing, and lost rows are named."""
+    manifest = teacher_manifest(num_prompts=3, n_samples_per_prompt=1)
+    writer = StoreWriter(tmp_path / "store", manifest)
+    writer.suspend()
+    assert main([str(tmp_path / "store"), "--rows", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 3; the command that makes it goes on there" in shown
+    assert "nan" not in shown
+    with StoreWriter(tmp_path / "store", manifest) as writer:
+        writer.append([teacher_row(number) for number in range(2)])
+        writer.quarantine("train:2:0", "it died")
+    assert main([str(tmp_path / "store")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3 " in shown
+    assert "stop 2 (100%)" in shown
+    assert "quarantined: row train:2:0 (it died)" in shown
+
+
+def test_shown_rows_are_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--rows shows the first row, the last, and others at equal distances."""
+    with StoreWriter(tmp_path / "store", teacher_manifest(num_prompts=5, n_samples_per_prompt=1)) as writer:
+        writer.append([teacher_row(number) for number in range(5)])
+    assert main([str(tmp_path / "store"), "--rows", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert [number for number in range(5) if f"train:{number}:0" in shown] == [0, 2, 4]
+
+
+def test_sampled_token_outside_its_set(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A token that lies outside the set of its state is marked, and small probabilities are no zeros."""
+    sets = RecordedSets(
+        ids_M=np.array([2, 0], np.int32),
+        offsets=np.array([0, 2], np.int64),
+        neg_log_mass_S=np.zeros(1, np.float32),
+        logprobs_M=np.log(np.array([0.75, 1e-4], np.float32)),
+    )
+    manifest = StoreReader(store).manifest
+    ids = np.array([1], np.int32)
+    with StoreWriter(store.parent / "other", manifest) as writer:
+        writer.append([Rollout("train:0:0", ids, ids, "stop", np.log(np.array([0.25], np.float32)), sets)])
+    assert main([str(store.parent / "other"), "--rows", "1", "--tokenizer", str(store.parent / "tokenizer")]) == 0
+    shown = capsys.readouterr().out
+    assert "'yes' *" in shown
+    assert "0.250" in shown
+    assert "'no' 0.750, '<eos>' <.001" in shown
 
 
 def test_damage_and_absence(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -108,11 +109,11 @@ def test_foreign_shards(store: Path, tmp_path: Path) -> None:
     kept = (store / SHARD).read_bytes()
     shutil.copy(other / SHARD, store / SHARD)
     with pytest.raises(StoreError, match=f"{SHARD}: (a shard of store|[0-9]+ bytes, expected)"):
-        StoreReader(store)
+        StoreReader(store).rollouts(range(20))
     (store / SHARD).write_bytes(kept)
 
     shutil.copy(other / SHARD, store / "shard-00099.parquet")
-    with pytest.raises(StoreError, match=r"shard-00099\.parquet: the store's manifest does not list this shard"):
+    with pytest.raises(StoreError, match=r"shard-00099\.parquet: the store does not list this shard"):
         StoreReader(store)
     with pytest.raises(StoreError, match=r"shard-00099\.parquet"):
         StoreWriter(store, teacher_manifest())
@@ -123,23 +124,33 @@ def test_foreign_shard_of_the_same_size(store: Path) -> None:
     """The owner is written in the shard: equal size and number of rows don't help a foreign one."""
     rewrite_manifest(store, store_id="f" * 32)
     with pytest.raises(StoreError, match=r"shard-00000\.parquet: a shard of store '[0-9a-f]{32}', expected"):
-        StoreReader(store)
+        StoreReader(store).rollouts([0])
 
 
 def test_same_row_in_two_shards(store: Path) -> None:
     """Rows that are there twice are noticed."""
-    content = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
+    lines = journal_lines(store)
     shutil.copy(store / SHARD, store / "shard-00005.parquet")
-    rewrite_manifest(store, shards=[*content["shards"], content["shards"][1] | {"file": "shard-00005.parquet"}])
+    again = json.loads(lines[1])
+    again["shard"]["file"] = "shard-00005.parquet"
+    (store / "shards.jsonl").write_bytes(b"".join([*lines, with_checksum(again)]))
+    rewrite_manifest(store, sealed_shards=6)
     with pytest.raises(StoreError, match="row 'train:2:0' is there twice"):
         StoreReader(store)
 
 
 def rewrite_manifest(store: Path, **changes: object) -> None:
     content = json.loads((store / "manifest.json").read_text(encoding="utf-8")) | changes
-    del content["checksum"]
-    content["checksum"] = fingerprint_json(content)
-    (store / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    (store / "manifest.json").write_bytes(with_checksum(content))
+
+
+def with_checksum(content: dict[str, Any]) -> bytes:
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    return json.dumps(content | {"checksum": fingerprint_json(content)}).encode() + b"\n"
+
+
+def journal_lines(store: Path) -> list[bytes]:
+    return (store / "shards.jsonl").read_bytes().splitlines(keepends=True)
 
 
 def manifest_damages() -> Iterator[tuple[str, bytes | None, str]]:
@@ -148,7 +159,7 @@ def manifest_damages() -> Iterator[tuple[str, bytes | None, str]]:
     yield "binary", bytes(range(128, 256)), "not JSON"
     yield "list", b"[]", "not a JSON object"
     yield "edited", b'{"format_version": 1, "checksum": "0"}', "its checksum is '0'"
-    yield "newer", b'{"format_version": 2}', "format version 2, expected 1"
+    yield "newer", b'{"format_version": 3}', "format version 3, expected 2"
 
 
 @pytest.mark.parametrize(("content", "finding"), [case[1:] for case in manifest_damages()])
@@ -163,8 +174,8 @@ def test_damaged_manifest(store: Path, content: bytes | None, finding: str) -> N
 
 def test_malformed_manifest_with_a_right_checksum(store: Path) -> None:
     """A manifest of the right version with other keys is refused, not half understood."""
-    rewrite_manifest(store, shards=[{"file": "shard-00000.parquet"}])
-    with pytest.raises(StoreError, match=r"manifest\.json: damaged.*\n.*num_rows"):
+    rewrite_manifest(store, quarantined=[{"row_id": "train:0:0"}])
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged.*\n.*reason"):
         StoreReader(store)
 
 

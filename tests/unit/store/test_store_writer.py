@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,8 @@ import pytest
 from openrlhf_bd.errors import RunFolderError, StoreError
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
+from openrlhf_bd.store.repair import take_out_damaged
+from tests.unit.store.deaths import die_everywhere, whole_lines
 from tests.unit.store.rows import (
     assert_same_rollout,
     gold_row,
@@ -24,49 +25,58 @@ from tests.unit.store.rows import (
 )
 
 
-def die_while_writing(folder: Path, fatal_name: str, moment: str) -> None:
-    """Run a writer process that ends at the given point, and check that it did end there."""
-    dead = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("dying_writer.py")), str(folder), fatal_name, moment],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert dead.returncode == 91, dead.stderr
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("fatal_name", "moment", "num_sealed"),
-    [
-        ("shard-00001.parquet", "before", 6),  # the second shard is written, but has no name
-        ("shard-00001.parquet", "after", 6),  # it has its name, but the manifest does not list it
-        ("manifest.json", "before", 6),  # the manifest that lists it is written, but has no name
-        ("manifest.json", "after", 12),  # all is done but the writer's memory of it
-    ],
-)
-def test_killed_writer_is_resumed(tmp_path: Path, fatal_name: str, moment: str, num_sealed: int) -> None:
-    """A writer that dies at any point between shards is continued by the next one: every row is there once."""
-    folder = tmp_path / "store"
-    die_while_writing(folder, fatal_name, moment)
-    with pytest.raises(StoreError, match=f"unfinished: {num_sealed} of 20 rows"):
-        StoreReader(folder)
-    assert len(StoreReader(folder, require_complete=False)) == num_sealed
+def test_killed_writer_is_resumed(tmp_path: Path) -> None:
+    """A writer that dies between any two operations on files, or in the middle of one, is continued: no row is lost."""
+    expected, seen = teacher_rows()[:-1], set()
+    for folder in die_everywhere(tmp_path, "write"):
+        listed = [line["shard"]["file"] for line in whole_lines(folder)]
+        sealed = {name: (folder / name).read_bytes() for name in listed}
+        num_sealed = sum(line["shard"]["num_rows"] for line in whole_lines(folder))
+        if (folder / "manifest.json").exists():
+            assert len(StoreReader(folder, require_complete=False)) == num_sealed
+        with StoreWriter(folder, teacher_manifest(), rows_per_shard=6) as writer:
+            assert len(writer.completed_row_ids()) == num_sealed
+            assert not [name for name in names(folder) if name.endswith(".tmp")]
+            writer.quarantine("train:9:1", "it died")
+            assert writer.append(expected) == 19 - num_sealed
+        reader = StoreReader(folder)
+        assert [row.row_id for row in reader.quarantined] == ["train:9:1"]
+        for found, row in zip(reader.rollouts(range(19)), expected, strict=True):
+            assert_same_rollout(found, row)
+        reader.verify()
+        assert names(folder) == [
+            ".lock",
+            "manifest.json",
+            *[f"shard-{n:05d}.parquet" for n in range(4)],
+            "shards.jsonl",
+        ]
+        assert {name: (folder / name).read_bytes() for name in listed} == sealed
+        seen.add(num_sealed)
+    # Deaths at every stage: without a shard, with one, two, three, and with all four.
+    assert seen == {0, 6, 12, 18, 19}
 
-    with StoreWriter(folder, teacher_manifest(), rows_per_shard=6) as writer:
-        assert len(writer.completed_row_ids()) == num_sealed
-        assert not [name for name in names(folder) if name.endswith(".tmp")]
-        assert writer.append(teacher_rows()) == 20 - num_sealed
-    reader = StoreReader(folder)
-    for found, expected in zip(reader.rollouts(range(20)), teacher_rows(), strict=True):
-        assert_same_rollout(found, expected)
-    assert [name for name in names(folder) if name.endswith("parquet")] == [f"shard-{n:05d}.parquet" for n in range(4)]
-    reader.verify()
+
+def test_killed_repair_is_repeated(tmp_path: Path) -> None:
+    """A repair that dies anywhere is mended by the next one: exactly the rows of the damaged shard are made again."""
+    whole = tmp_path / "whole"
+    with StoreWriter(whole, teacher_manifest(), rows_per_shard=5) as writer:
+        writer.append(teacher_rows())
+    (whole / "shard-00002.parquet").write_bytes(b"damaged")
+    for number in range(1, 40):
+        shutil.copytree(whole, tmp_path / "repairs" / str(number))
+    folders = die_everywhere(tmp_path / "repairs", "repair")
+    assert len(folders) == 39
+    for folder in folders:
+        take_out_damaged(folder)
+        assert sorted(path.read_bytes() for path in (folder / "damaged").iterdir()) == [b"damaged"]
+        with StoreWriter(folder, teacher_manifest(), rows_per_shard=5) as writer:
+            assert len(writer.completed_row_ids()) == 15
+            assert writer.append(teacher_rows()) == 5
+        StoreReader(folder).verify()
 
 
 def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
@@ -190,12 +200,6 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
     StoreWriter(tmp_path, teacher_manifest()).suspend()
 
 
-def test_dead_writer_holds_no_lock(tmp_path: Path) -> None:
-    """The lock of a process that has ended, however it ended, keeps nobody out."""
-    die_while_writing(tmp_path, "none", "after")
-    StoreWriter(tmp_path, teacher_manifest()).suspend()
-
-
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     """A folder with other files, or a file, is not written to."""
     (tmp_path / "thesis.tex").touch()
@@ -301,3 +305,15 @@ def test_sealed_row_cannot_be_quarantined(tmp_path: Path) -> None:
         writer.append(teacher_rows())
         with pytest.raises(ValueError, match="'train:3:1' is there"):
             writer.quarantine("train:3:1", "it died")
+
+
+def test_options_of_the_first_job_are_kept(tmp_path: Path) -> None:
+    """What a repair repeats is the job that began the store, not one that only went on with it from another folder."""
+    with StoreWriter(tmp_path, teacher_manifest(), 4) as writer:
+        writer.keep_job("first")
+        writer.append(teacher_rows()[:3])
+        writer.suspend()
+    with StoreWriter(tmp_path, teacher_manifest(), 4) as writer:
+        writer.keep_job("second")
+        writer.append(teacher_rows())
+    assert (tmp_path / "job.yaml").read_text(encoding="utf-8") == "first"
