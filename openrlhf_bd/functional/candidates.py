@@ -1,11 +1,11 @@
 """Top-p candidate sets of many states, ragged: from logits (Def. 1), from a store, or cut to a smaller p."""
 
 # S states, S1 = S + 1, V vocabulary, M candidates of all states, K tokens looked at in a tier, R rows of a tier,
-# A ids that are always included
+# C chunks of the vocabulary, L ids of a chunk, A ids that are always included
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +16,13 @@ from torch import Tensor
 from openrlhf_bd.functional.segments import segment_cumsum_before, segment_logsumexp, segment_sum
 from openrlhf_bd.records import RecordedSets
 
-TIERS = (128, 2048)  # most sets fit the first; the few rows of a flat distribution go on
+TIERS = (16, 128, 2048)  # most sets fit the first; the few rows of a flat distribution go on
 AMBIGUOUS = 2e-6  # bound on the relative error of a float32 partition function
 SORT_ELEMENTS = 1 << 24  # largest [rows, V] block that is sorted at once
+CHUNK = 64  # ids of which only the largest logit is looked at first
+SPARSE = 4  # chunks are chosen where at most one in so many is
+CPU_BLOCK_ELEMENTS = 1 << 18  # exponentials held at once on CPU: they stay in its cache
+LEAST_EXPONENT = -80.0  # nats: weights below are as good as 0, and slow as denormal numbers
 
 
 @dataclass(frozen=True)
@@ -116,64 +120,56 @@ class CandidateSets:
 
 
 @torch.no_grad()
-def top_p_candidates(logits_SV: Tensor, *, top_p: float, always_include: Sequence[int] = ()) -> CandidateSets:
+def top_p_candidates(
+    logits_SV: Tensor,
+    *,
+    top_p: float,
+    always_include: Sequence[int] = (),
+    device: torch.device | str | None = None,
+) -> CandidateSets:
     """Top-p candidate sets of a teacher, inclusive of the token that crosses p (Def. 1).
 
     A_p(s) = { k-th token : mass strictly before it < p },  tokens by descending probability, ties by lower id
 
     Masses are float64. The partition function is first taken in float32, and in float64 for the rows where that
-    could change a set. Only rows whose set does not end within the first 128 tokens are searched further, and only
-    rows beyond 2,048 are sorted.
+    could change a set. The largest tokens are looked for in the chunks of the vocabulary with the largest maxima. Only
+    rows whose set does not end within the first 16 tokens are searched further, and only rows beyond 2,048 are sorted.
 
     Args:
         logits_SV: teacher's logits, [S, V], any float type, finite or -inf.
         top_p: p in (0, 1]; 1 means no mask and gives CandidateSets.whole, which lists no ids.
         always_include: ids that belong to every set; where outside the top-p set they follow it, by descending
             probability.
+        device: where the sets are put together, in many small steps for which a GPU would have to be waited; None:
+            where the logits are.
 
     Returns:
-        Sets on the device of the logits; log-probabilities and masses at temperature 1, float32.
+        Sets on `device`; log-probabilities and masses at temperature 1, float32.
 
     Raises:
         ValueError: top_p or an id is out of range, or a row has NaN, +inf or no finite logit.
     """
     num_states, vocab_size = logits_SV.shape
-    always_A = torch.tensor(sorted(set(always_include)), dtype=torch.int64, device=logits_SV.device)
+    device = logits_SV.device if device is None else torch.device(device)
     _check_top_p_arguments(top_p, always_include, vocab_size)
     z_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
-    max_S = z_SV.amax(dim=-1)
-    total_S = torch.exp(z_SV - max_S[:, None]).sum(dim=-1, dtype=torch.float64)
+    chunk_max_SC = _over_chunks(torch.amax, z_SV)
+    max_S = chunk_max_SC.amax(dim=-1).double()
+    total_S = _partition_function(z_SV, max_S)
     if not bool(torch.isfinite(total_S).all()):
         row = int(torch.nonzero(~torch.isfinite(total_S))[0])
         raise ValueError(f"row {row} of the logits has NaN, +inf or no finite value; every row needs finite logits")
     if top_p == 1:
-        return CandidateSets.whole(num_states, logits_SV.device)
-
-    parts = list(_top_p_tiers(z_SV, max_S.double(), total_S, top_p))
-    size_S = torch.zeros(num_states, dtype=torch.int64, device=z_SV.device)
-    last_id_S, last_z_S = torch.zeros_like(size_S), torch.zeros_like(max_S)
-    for rows_R, ids_RK, size_R in parts:
-        last_R = ids_RK.gather(1, size_R[:, None] - 1)[:, 0]
-        size_S[rows_R], last_id_S[rows_R], last_z_S[rows_R] = size_R, last_R, z_SV[rows_R, last_R]
-
-    extra_ids_SA, extra_SA = _missing_ids(z_SV, always_A, last_id_S, last_z_S)
-    offsets_S1 = torch.cat([size_S.new_zeros(1), torch.cumsum(size_S + extra_SA.sum(dim=1), 0)])
-    ids_M = torch.empty(int(offsets_S1[-1]), dtype=torch.int64, device=z_SV.device)
-    for rows_R, ids_RK, size_R in parts:
-        _write_rows(
-            ids_M, offsets_S1[rows_R], ids_RK, torch.arange(ids_RK.shape[1], device=z_SV.device) < size_R[:, None]
-        )
-    _write_rows(ids_M, offsets_S1[:-1] + size_S, extra_ids_SA, extra_SA)
-
-    sets = CandidateSets(ids_M, offsets_S1, max_S.float(), None)
-    logits_M = z_SV[sets.state_M, ids_M].double() - max_S.double()[sets.state_M]
-    mass_S = segment_sum(torch.exp(logits_M), sets.state_M, num_states)
-    neg_log_mass_S = (torch.log(total_S) - torch.log(mass_S)).clamp(min=0.0)
-    logprobs_M = logits_M - torch.log(total_S)[sets.state_M]
-    return CandidateSets(ids_M, offsets_S1, neg_log_mass_S.float(), logprobs_M.float())
+        return CandidateSets.whole(num_states, device)
+    always_A = torch.tensor(sorted(set(always_include)), dtype=torch.int64)
+    z_SA = z_SV[:, always_A.to(z_SV.device)].to(device)
+    tops = [top.to(device) for top in _top_p_tiers(z_SV, chunk_max_SC, max_S, total_S, top_p)]
+    return _put_together(tops, max_S.to(device), total_S.to(device), always_A.to(device), z_SA)
 
 
-def restrict_top_p(sets: CandidateSets, *, top_p: float, always_include: Sequence[int] = ()) -> CandidateSets:
+def restrict_top_p(
+    sets: CandidateSets, *, top_p: float, always_include: Sequence[int] = (), require_always: bool = True
+) -> CandidateSets:
     """Cut recorded sets to a smaller p, from their log-probabilities.
 
     A candidate stays if the mass strictly before it is < p, or if it is always included; sets never grow, so `top_p`
@@ -183,7 +179,8 @@ def restrict_top_p(sets: CandidateSets, *, top_p: float, always_include: Sequenc
     Args:
         sets: recorded sets, in descending order, with log-probabilities.
         top_p: new p in (0, 1]; 1 keeps every candidate, and sets that are the whole vocabulary as they are.
-        always_include: ids that stay in every set; each must be in every recorded set.
+        always_include: ids that stay in every set.
+        require_always: each of these must be in every recorded set; False: it stays where it is there.
 
     Returns:
         Smaller sets in the same order; masses are recomputed from the log-probabilities.
@@ -208,7 +205,7 @@ def restrict_top_p(sets: CandidateSets, *, top_p: float, always_include: Sequenc
     for token_id in sorted(set(always_include)):
         found_M = sets.ids_M == token_id
         num_found = int(found_M.sum())
-        if num_found != sets.num_states:
+        if require_always and num_found != sets.num_states:
             raise ValueError(
                 f"id {token_id} is in {num_found} of {sets.num_states} recorded sets; an id that is always included "
                 "must have been recorded in all of them"
@@ -233,29 +230,87 @@ def _check_top_p_arguments(top_p: float, always_include: Sequence[int], vocab_si
         raise ValueError(f"always_include has {outside}; ids must be in [0, {vocab_size})")
 
 
-def _top_p_tiers(z_SV: Tensor, max_S: Tensor, total_S: Tensor, top_p: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (rows_R, ids_RK, size_R): the set of row rows_R[i] is ids_RK[i, :size_R[i]]. Refines total_S in place."""
-    vocab_size = z_SV.shape[1]
-    rows_R = torch.arange(len(z_SV), device=z_SV.device)
+@dataclass(frozen=True)
+class _TopTokens:
+    """The sets of some states, each among its K largest logits: ids_RK[i, :size_R[i]] is that of state rows_R[i]."""
+
+    rows_R: Tensor
+    ids_RK: Tensor
+    z_RK: Tensor
+    size_R: Tensor
+
+    def to(self, device: torch.device) -> _TopTokens:
+        return _TopTokens(*(part.to(device) for part in (self.rows_R, self.ids_RK, self.z_RK, self.size_R)))
+
+
+def _over_chunks(reduce: Callable[..., Tensor], x_SV: Tensor) -> Tensor:
+    """Reduce each chunk of CHUNK columns, the last one being what is left: [S, C]."""
+    whole = x_SV.shape[1] // CHUNK * CHUNK
+    parts = [reduce(x_SV[:, :whole].unflatten(1, (-1, CHUNK)), dim=-1)] if whole else []
+    if whole < x_SV.shape[1]:
+        parts.append(reduce(x_SV[:, whole:], dim=-1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _partition_function(z_SV: Tensor, max_S: Tensor) -> Tensor:
+    """sum_a exp(z(a) - max): chunks in the type of the logits, which keeps within AMBIGUOUS, their sum in float64."""
+    num_states, vocab_size = z_SV.shape
+    on_cpu = z_SV.device.type == "cpu"
+    num_rows = max(1, CPU_BLOCK_ELEMENTS // vocab_size) if on_cpu else max(1, num_states)
+    scratch_RV = z_SV.new_empty(min(num_rows, num_states), vocab_size)
+    totals = [torch.zeros(0, dtype=torch.float64, device=z_SV.device)]
+    for z_RV, max_R in zip(z_SV.split(num_rows), max_S.to(z_SV.dtype).split(num_rows), strict=True):
+        weights_RV = torch.sub(z_RV, max_R[:, None], out=scratch_RV[: len(z_RV)]).clamp_(min=LEAST_EXPONENT).exp_()
+        totals.append(_over_chunks(torch.sum, weights_RV).sum(dim=-1, dtype=torch.float64))
+    return torch.cat(totals)
+
+
+def _top_p_tiers(
+    z_SV: Tensor, chunk_max_SC: Tensor, max_S: Tensor, total_S: Tensor, top_p: float
+) -> Iterator[_TopTokens]:
+    """The sets of all states, those that end early first. Refines total_S in place.
+
+    Which states a tier leaves to the next is the one thing for which the device is waited.
+    """
+    vocab_size, device = z_SV.shape[1], z_SV.device
+    rows_R = torch.arange(len(z_SV), device=device)
     for num_tokens in (k for k in TIERS if k < vocab_size):
         if not len(rows_R):
             return
-        z_RV = z_SV if len(rows_R) == len(z_SV) else z_SV[rows_R]
-        z_RK, ids_RK = _largest(z_RV, num_tokens)
+        z_RK, ids_RK = _largest(z_SV, chunk_max_SC, rows_R, num_tokens)
         size_R = _set_sizes(z_RK, z_SV, max_S, total_S, rows_R, top_p)
         # A set that ends among tokens equal to the last one seen may owe its place to ids that were not seen.
         inside_R = z_RK.gather(1, (size_R[:, None] - 1).clamp(max=num_tokens - 1))[:, 0] > z_RK[:, -1]
-        yield rows_R[inside_R], ids_RK[inside_R], size_R[inside_R]
-        rows_R = rows_R[~inside_R]
+        inside_here_R = inside_R.cpu()
+        if bool(inside_here_R.all()):
+            yield _TopTokens(rows_R, ids_RK, z_RK, size_R)
+            return
+        done, left = (torch.nonzero(mask)[:, 0].to(device) for mask in (inside_here_R, ~inside_here_R))
+        yield _TopTokens(rows_R[done], ids_RK[done], z_RK[done], size_R[done])
+        rows_R = rows_R[left]
     for block_R in rows_R.split(max(1, SORT_ELEMENTS // vocab_size)):
         z_RK, ids_RK = z_SV[block_R].sort(dim=1, descending=True, stable=True)
         size_R = _set_sizes(z_RK, z_SV, max_S, total_S, block_R, top_p).clamp(max=vocab_size)
-        yield block_R, ids_RK, size_R
+        yield _TopTokens(block_R, ids_RK, z_RK, size_R)
 
 
-def _largest(z_RV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The largest logits of each row and their ids, descending, ties by lower id."""
-    z_RK, ids_RK = z_RV.topk(num_tokens, dim=1)
+def _largest(z_SV: Tensor, chunk_max_SC: Tensor, rows_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The num_tokens largest logits of these rows and their ids, descending, ties by lower id.
+
+    Every logit above the K-th largest lies in one of the K chunks with the largest maxima: were it in another chunk,
+    K + 1 chunks would each have a logit as large. Of logits equal to the K-th largest any may be among the K.
+    """
+    vocab_size = z_SV.shape[1]
+    if num_tokens * SPARSE < chunk_max_SC.shape[1]:
+        chunks_RK = chunk_max_SC[rows_R].topk(num_tokens, dim=1, sorted=False).indices
+        ids_RL = (chunks_RK[:, :, None] * CHUNK + torch.arange(CHUNK, device=z_SV.device)).flatten(1)
+        # The last chunk may be short: what it lacks counts as -inf.
+        z_RL = z_SV[rows_R[:, None], ids_RL.clamp(max=vocab_size - 1)].masked_fill(ids_RL >= vocab_size, -torch.inf)
+        z_RK, place_RK = z_RL.topk(num_tokens, dim=1)
+        ids_RK = ids_RL.gather(1, place_RK)
+    else:
+        z_RV = z_SV if len(rows_R) == len(z_SV) else z_SV[rows_R]
+        z_RK, ids_RK = z_RV.topk(num_tokens, dim=1)
     ids_RK, order_RK = ids_RK.sort(dim=1)
     z_RK, order_RK = z_RK.gather(1, order_RK).sort(dim=1, descending=True, stable=True)
     return z_RK, ids_RK.gather(1, order_RK)
@@ -273,15 +328,40 @@ def _set_sizes(z_RK: Tensor, z_SV: Tensor, max_S: Tensor, total_S: Tensor, rows_
     return 1 + (mass_RK < threshold_R1).sum(dim=1)
 
 
-def _missing_ids(z_SV: Tensor, always_A: Tensor, last_id_S: Tensor, last_z_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Always-included ids by descending logit (ties by lower id), and which of them lie outside the set of a state."""
-    z_SA, order_SA = z_SV[:, always_A].sort(dim=1, descending=True, stable=True)
-    ids_SA = always_A[order_SA]
+def _put_together(
+    tops: Sequence[_TopTokens], max_S: Tensor, total_S: Tensor, always_A: Tensor, z_SA: Tensor
+) -> CandidateSets:
+    """Flat sets from those of each tier, with the ids that are always included behind them."""
+    num_states = len(max_S)
+    size_S = torch.zeros(num_states, dtype=torch.int64, device=max_S.device)
+    last_id_S, last_z_S = torch.zeros_like(size_S), z_SA.new_zeros(num_states)
+    for top in tops:
+        last_R1 = top.size_R[:, None] - 1
+        size_S[top.rows_R] = top.size_R
+        last_id_S[top.rows_R] = top.ids_RK.gather(1, last_R1)[:, 0]
+        last_z_S[top.rows_R] = top.z_RK.gather(1, last_R1)[:, 0]
+
+    always_z_SA, order_SA = z_SA.sort(dim=1, descending=True, stable=True)
+    always_ids_SA = always_A[order_SA]
     last_z_S1, last_id_S1 = last_z_S[:, None], last_id_S[:, None]
-    return ids_SA, (z_SA < last_z_S1) | ((z_SA == last_z_S1) & (ids_SA > last_id_S1))
+    missing_SA = (always_z_SA < last_z_S1) | ((always_z_SA == last_z_S1) & (always_ids_SA > last_id_S1))
+    offsets_S1 = torch.cat([size_S.new_zeros(1), torch.cumsum(size_S + missing_SA.sum(dim=1), 0)])
+    ids_M = torch.empty(int(offsets_S1[-1]), dtype=torch.int64, device=max_S.device)
+    z_M = torch.empty(len(ids_M), dtype=z_SA.dtype, device=max_S.device)
+    for top in tops:
+        in_set_RK = torch.arange(top.ids_RK.shape[1], device=max_S.device) < top.size_R[:, None]
+        _write_rows(ids_M, z_M, offsets_S1[top.rows_R], top.ids_RK, top.z_RK, in_set_RK)
+    _write_rows(ids_M, z_M, offsets_S1[:-1] + size_S, always_ids_SA, always_z_SA, missing_SA)
+
+    state_M = CandidateSets(ids_M, offsets_S1, max_S, None).state_M
+    logits_M = z_M.double() - max_S[state_M]
+    mass_S = segment_sum(torch.exp(logits_M), state_M, num_states)
+    neg_log_mass_S = (torch.log(total_S) - torch.log(mass_S)).clamp(min=0.0)
+    logprobs_M = logits_M - torch.log(total_S)[state_M]
+    return CandidateSets(ids_M, offsets_S1, neg_log_mass_S.float(), logprobs_M.float())
 
 
-def _write_rows(ids_M: Tensor, start_R: Tensor, ids_RK: Tensor, mask_RK: Tensor) -> None:
-    """Put the masked ids of each row one after another from start_R on."""
-    position_RK = start_R[:, None] + mask_RK.cumsum(dim=1) - 1
-    ids_M[position_RK[mask_RK]] = ids_RK[mask_RK]
+def _write_rows(ids_M: Tensor, z_M: Tensor, start_R: Tensor, ids_RK: Tensor, z_RK: Tensor, mask_RK: Tensor) -> None:
+    """Put the masked ids and logits of each row one after another from start_R on."""
+    position = (start_R[:, None] + mask_RK.cumsum(dim=1) - 1)[mask_RK]
+    ids_M[position], z_M[position] = ids_RK[mask_RK], z_RK[mask_RK]

@@ -27,7 +27,7 @@ ROW = "openrlhf_bd.row"
 SCORE_FROM = "openrlhf_bd.score_from"
 SCORE_TAKEN = "openrlhf_bd.score_taken"
 
-# Logits held at once while prompts are scored: 64 MiB in float32.
+# Logits of a chunk of scored prompts: 64 MiB in float32. Two chunks are held at once.
 SCORE_CHUNK_ELEMENTS = 2**24
 
 
@@ -64,9 +64,9 @@ class CandidateRecorder:
         install(self.model_runner, recorder)
         self.state_recorder = recorder
 
-    def take_recorded(self, rows: Sequence[int]) -> RecordedRows | None:
-        """What was recorded for these rows, from the rank that records; None from the others."""
-        return None if self.state_recorder is None else self.state_recorder.take(rows)
+    def take_recorded(self, rows: Sequence[int], num_states: Sequence[int]) -> RecordedRows | None:
+        """The first states recorded for these rows, from the rank that records; None from the others."""
+        return None if self.state_recorder is None else self.state_recorder.take(rows, num_states)
 
     def forget_recorded(self) -> None:
         """Drop what was recorded for requests that failed."""
@@ -91,18 +91,33 @@ class _PromptSpan:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class _SampledState:
+    """A state of a step's batch that is to be recorded.
+
+    Attributes:
+        logits_row: its row of the logits.
+        at: request and position. The position follows from the length of the sequence, which the scheduler knows before
+            the tokens are: with async scheduling it is a step ahead of them.
+        keeps_logits: whether the sampler leaves the raw logits of this row as they are.
+    """
+
+    logits_row: int
+    at: tuple[int, int]
+    keeps_logits: bool
+
+
 class _RecordingSampler:
     """Stands where the runner's sampler stood; records what it samples, and is that sampler in everything else.
 
     Args:
         sampler: of the runner.
         recorder: of this worker.
-        sampled_states: the batch's states that are to be recorded, as (row of the logits, (request, position)), from
-            the second argument of the sampler's call.
+        sampled_states: the batch's states that are to be recorded, from the second argument of the sampler's call.
     """
 
     def __init__(
-        self, sampler: Any, recorder: StateRecorder, sampled_states: Callable[[Any], list[tuple[int, tuple[int, int]]]]
+        self, sampler: Any, recorder: StateRecorder, sampled_states: Callable[[Any], list[_SampledState]]
     ) -> None:
         self._sampler = sampler
         self._recorder = recorder
@@ -115,23 +130,32 @@ class _RecordingSampler:
         states = self._sampled_states(*batch, **named_batch)
         if not states:
             return self._sampler(logits, *batch, **named_batch)
-        rows_N = torch.tensor([row for row, _ in states], device=logits.device)
-        # A copy: the sampler works on float32 logits in place.
-        raw_logits_NV = logits[rows_N]
+        rows = [state.logits_row for state in states]
+        is_whole = rows == list(range(len(logits)))
+        rows_N = torch.tensor(rows, device=logits.device)
+        if is_whole and all(state.keeps_logits for state in states):
+            raw_logits_NV = logits
+        else:
+            raw_logits_NV = logits.clone() if is_whole else logits[rows_N]
         output = self._sampler(logits, *batch, **named_batch)
-        self._recorder.record(raw_logits_NV, [at for _, at in states], output.sampled_token_ids[rows_N, 0])
+        self._recorder.record(raw_logits_NV, [state.at for state in states], output.sampled_token_ids[rows_N, 0])
         return output
 
 
 def _install_v1(runner: Any, recorder: StateRecorder | None) -> None:
-    def sampled_states(sampling_metadata: Any) -> list[tuple[int, tuple[int, int]]]:
+    def sampled_states(sampling_metadata: Any) -> list[_SampledState]:
         states = []
+        num_known = runner.optimistic_seq_lens_cpu.tolist()
+        # This sampler divides float32 logits by the temperature in place, and cuts all rows where one is cut.
+        is_cut = sampling_metadata.top_p is not None or sampling_metadata.top_k is not None
         for row, request_id in enumerate(runner.input_batch.req_ids):
             request = runner.requests[request_id]
-            args = request.sampling_params.extra_args or {}
+            params = request.sampling_params
+            args = params.extra_args or {}
             # A prompt that is computed in several steps gives up the samples of all but the last.
             if ROW in args and SCORE_FROM not in args and not runner.discard_request_mask.np[row]:
-                states.append((row, (args[ROW], len(request.output_token_ids))))
+                at = (args[ROW], num_known[row] - request.num_prompt_tokens)
+                states.append(_SampledState(row, at, keeps_logits=params.temperature in (0, 1) and not is_cut))
         return states
 
     def prompt_spans(num_scheduled_tokens: Mapping[str, int]) -> Iterator[_PromptSpan]:
@@ -161,13 +185,14 @@ def _install_v2(runner: Any, recorder: StateRecorder | None) -> None:
         slots[slot] = (sampling_params.extra_args or {}, prompt_len)
         add_request(slot, prompt_len, sampling_params)
 
-    def sampled_states(batch: Any) -> list[tuple[int, tuple[int, int]]]:
+    def sampled_states(batch: Any) -> list[_SampledState]:
         states = []
         for row, slot in enumerate(batch.idx_mapping_np.tolist()):
             args, prompt_len = slots[slot]
             num_known = batch.num_computed_tokens_np[row] + batch.num_scheduled_tokens[row]
             if ROW in args and SCORE_FROM not in args and num_known >= batch.prefill_len_np[row]:
-                states.append((row, (args[ROW], int(num_known) - prompt_len)))
+                # This sampler works on a copy.
+                states.append(_SampledState(row, (args[ROW], int(num_known) - prompt_len), keeps_logits=True))
         return states
 
     def prompt_spans(batch: Any) -> Iterator[_PromptSpan]:

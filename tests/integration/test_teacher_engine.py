@@ -8,8 +8,10 @@ engine (a smaller cache, another model), it is restarted inside the actor.
 
 import itertools
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ from openrlhf_bd.teacher.generate import generate_teacher_data
 from openrlhf_bd.teacher.requests import RolloutRequest
 
 pytestmark = pytest.mark.integration
+# Actors cannot import this module.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 V = 331
 STOP_IDS = [3, 7]
@@ -126,6 +130,8 @@ def teacher(models: Models) -> Iterator[Teacher]:
     )
     record = RecordOptions(TOP_P, tuple(STOP_IDS), logprobs=True)
     arguments = engine_arguments(models.teacher, max_model_len=MAX_LEN, max_num_seqs=32, seed=0, record=record)
+    # The tests read its counters.
+    arguments["llm"]["disable_log_stats"] = False
     try:
         yield Teacher(teacher_actor(arguments), arguments)
     finally:
@@ -133,33 +139,99 @@ def teacher(models: Models) -> Iterator[Teacher]:
         shutil.rmtree(ray_folder, ignore_errors=True)
 
 
-def teacher_actor(arguments: dict[str, Any]) -> Any:
-    actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(TeacherEngine)
-    environment = engine_environment(arguments["llm"]["model"])
-    return actor_class.options(runtime_env={"env_vars": environment}).remote(arguments)
+def teacher_actor(
+    arguments: dict[str, Any], actor_class: type[TeacherEngine] = TeacherEngine, **environment: str
+) -> Any:
+    remote_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(actor_class)
+    env_vars = engine_environment(arguments["llm"]["model"]) | environment
+    return remote_class.options(runtime_env={"env_vars": env_vars}).remote(arguments)
 
 
 def get(ref: Any) -> Any:
     return ray.get(ref, timeout=TIMEOUT_S)
 
 
-def restart(teacher: Teacher, **llm: Any) -> None:
-    """Start the actor's engine anew, with changed arguments of vLLM."""
+def restart(teacher: Teacher, *, ahead: bool = False, **llm: Any) -> None:
+    """Start the actor's engine anew, with changed arguments of vLLM.
+
+    With `ahead` it schedules a step before it has the tokens of the last, as engines on GPUs do; the actor then counts
+    the states that it records behind the tokens kept.
+    """
     arguments = {**teacher.arguments, "llm": {**teacher.arguments["llm"], **llm}}
 
     def start_with(engine: Any, arguments: dict[str, Any]) -> None:
         engine.shutdown()
         engine.arguments = arguments
-        engine._start()
+        with scheduling_ahead() if ahead else nullcontext():
+            engine._start()
+        if ahead:
+            engine.num_beyond = 0
+            engine._rpc(count_states_beyond, engine)
 
     get(teacher.actor.__ray_call__.remote(start_with, arguments))
 
 
-def num_preemptions(teacher: Teacher) -> int:
+@contextmanager
+def scheduling_ahead() -> Iterator[None]:
+    """Engines that start in here schedule ahead. vLLM turns it off on CPU, where it gains nothing; it works."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_keep(config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_keep)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = check  # type: ignore[method-assign]
+
+
+def count_states_beyond(worker: Any, engine: Any) -> None:
+    """Let engine.num_beyond count what a worker in this process recorded and nobody asks for."""
+    take = worker.take_recorded
+
+    def counting_take(rows: Sequence[int], num_states: Sequence[int]) -> Any:
+        worker.state_recorder._work_off()
+        engine.num_beyond += sum(len(worker.state_recorder._states[row]) for row in rows) - sum(num_states)
+        return take(rows, num_states)
+
+    worker.take_recorded = counting_take
+
+
+def assert_scheduled_ahead(teacher: Teacher) -> None:
+    """The engine did run ahead, and recorded a sample behind a stop token."""
+
+    def read(engine: Any) -> tuple[bool, int]:
+        return engine.llm.llm_engine.vllm_config.scheduler_config.async_scheduling, engine.num_beyond
+
+    is_async, num_beyond = get(teacher.actor.__ray_call__.remote(read))
+    assert is_async
+    assert num_beyond > 0
+
+
+def counter(teacher: Teacher, name: str) -> int:
+    """One of vLLM's counters, since the engine was started."""
+
     def read(engine: Any) -> int:
-        return sum(int(metric.value) for metric in engine.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        return sum(int(metric.value) for metric in engine.llm.get_metrics() if metric.name == f"vllm:{name}")
 
     return get(teacher.actor.__ray_call__.remote(read))
+
+
+def is_recording(worker: Any) -> bool:
+    return worker.state_recorder is not None
+
+
+def record_with(teacher: Teacher, options: RecordOptions) -> None:
+    """Let the running engine record something else."""
+
+    def change(worker: Any) -> None:
+        worker.state_recorder.options = options
+
+    get(teacher.actor.__ray_call__.remote(lambda engine: engine._rpc(change)))
 
 
 def requests(num_requests: int, *, seed: int, max_new_tokens: int = 40) -> list[RolloutRequest]:
@@ -201,7 +273,9 @@ class Comparison:
     mismatches: int = 0
 
 
-def compare(rollouts: Sequence[Rollout], reference: Reference) -> Comparison:
+def compare(
+    rollouts: Sequence[Rollout], reference: Reference, *, top_p: float = TOP_P, always: Sequence[int] = STOP_IDS
+) -> Comparison:
     """Compare every recorded state with the brute force; masses and log-probabilities are asserted on the way."""
     counts = Comparison()
     for rollout in rollouts:
@@ -211,11 +285,18 @@ def compare(rollouts: Sequence[Rollout], reference: Reference) -> Comparison:
         taken_logprobs = logprobs_SV[np.arange(len(rollout.response_ids)), rollout.response_ids]
         np.testing.assert_allclose(rollout.logprobs_T, taken_logprobs, atol=1e-4)
         for state, logprobs_V in enumerate(logprobs_SV):
-            _compare_state(rollout.sets, state, logprobs_V, counts)
+            _compare_state(rollout.sets, state, logprobs_V, top_p, always, counts)
     return counts
 
 
-def _compare_state(sets: RecordedSets, state: int, logprobs_V: NDArray[np.float64], counts: Comparison) -> None:
+def _compare_state(
+    sets: RecordedSets,
+    state: int,
+    logprobs_V: NDArray[np.float64],
+    top_p: float,
+    always: Sequence[int],
+    counts: Comparison,
+) -> None:
     span = slice(sets.offsets[state], sets.offsets[state + 1])
     ids = sets.ids_M[span]
     assert sets.logprobs_M is not None
@@ -223,16 +304,16 @@ def _compare_state(sets: RecordedSets, state: int, logprobs_V: NDArray[np.float6
     np.testing.assert_allclose(sets.neg_log_mass_S[state], -np.log(np.exp(logprobs_V[ids]).sum()), atol=1e-4)
     order = np.argsort(-logprobs_V, kind="stable")
     mass = np.cumsum(np.exp(logprobs_V[order]))
-    size = int((mass < TOP_P).sum()) + 1
+    size = int((mass < top_p).sum()) + 1
     gap = logprobs_V[order[size - 1]] - logprobs_V[order[size]]
-    if np.abs(mass - TOP_P).min() < NOISE or gap < NOISE:
+    if np.abs(mass - top_p).min() < NOISE or gap < NOISE:
         counts.ambiguous += 1
         return
     counts.compared += 1
-    always = [token for token in STOP_IDS if token not in order[:size]]
-    always.sort(key=lambda token: -logprobs_V[token])
-    in_order = (np.diff(sets.logprobs_M[span]) <= 0).all()
-    same = set(ids[:size].tolist()) == set(order[:size].tolist()) and ids[size:].tolist() == always
+    missing = [token for token in always if token not in order[:size]]
+    missing.sort(key=lambda token: -logprobs_V[token])
+    in_order = (np.diff(sets.logprobs_M[span][:size]) <= 0).all()
+    same = set(ids[:size].tolist()) == set(order[:size].tolist()) and ids[size:].tolist() == missing
     counts.mismatches += not (same and in_order)
 
 
@@ -273,6 +354,55 @@ def test_scoring_gives_the_sets_of_generation(teacher: Teacher, rollouts: list[R
         assert again.sets.num_states == row.sets.num_states
         np.testing.assert_array_equal(again.response_ids, row.response_ids)
         np.testing.assert_allclose(again.logprobs_T, row.logprobs_T, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 1.0])
+def test_sets_are_exact_at_every_p(teacher: Teacher, models: Models, top_p: float) -> None:
+    """From one token a set to the whole vocabulary, with ids always included, sampled and scored: exact."""
+    always = (330, 12)
+    record_with(teacher, RecordOptions(top_p, always, logprobs=True))
+    try:
+        sampled = generate(teacher, requests(12, seed=9, max_new_tokens=20))
+        scored = get(teacher.actor.score.remote(sampled))
+    finally:
+        record_with(teacher, teacher.arguments["record"])
+    for rows in (sampled, scored):
+        if top_p == 1:
+            assert all(row.sets is not None and row.sets.is_whole for row in rows)
+            assert [row.sets.num_states for row in rows if row.sets is not None] == [
+                len(row.response_ids) + (row.finish_reason == "length") for row in rows
+            ]
+            continue
+        counts = compare(rows, Reference(models.teacher), top_p=top_p, always=always)
+        assert counts.mismatches == 0
+        assert counts.compared > 100
+
+
+def with_shared_prompts(*, seed: int) -> list[RolloutRequest]:
+    """Four samples of a prompt of 66 tokens, two of its first 33, and one of its first 65."""
+    prompt = np.random.default_rng(seed).integers(10, V, size=66).astype(np.int32)
+    lengths = [66, 66, 66, 66, 33, 33, 65]
+    return [RolloutRequest(f"s{i}:0", prompt[:length], 10 * seed + i, 20) for i, length in enumerate(lengths)]
+
+
+def test_shared_prompts_are_read_from_the_cache_and_scored_without_it(teacher: Teacher, models: Models) -> None:
+    """Samples that share cached blocks of a prompt have exact sets; scoring computes every position anew."""
+    generate(teacher, with_shared_prompts(seed=10))
+    before = counter(teacher, "prefix_cache_hits")
+    sampled = generate(teacher, with_shared_prompts(seed=10))
+    # The blocks have 32 tokens, of which the last of a prompt is always computed: 2 x 5 + 1 x 2 blocks.
+    assert counter(teacher, "prefix_cache_hits") - before == 12 * 32
+    before = counter(teacher, "prefix_cache_hits")
+    scored = get(teacher.actor.score.remote(sampled))
+    assert counter(teacher, "prefix_cache_hits") == before
+    for rows in (sampled, scored):
+        counts = compare(rows, Reference(models.teacher))
+        assert counts.mismatches == 0
+        assert counts.compared > 50
+    for row, again in zip(sampled, scored, strict=True):
+        assert row.sets is not None
+        assert again.sets is not None
+        assert row.sets.num_states == again.sets.num_states
 
 
 def test_stop_token_ends_and_belongs_to_a_response(rollouts: list[Rollout]) -> None:
@@ -324,12 +454,11 @@ def test_preemption_and_split_prompts_leave_no_gap_and_no_duplicate(teacher: Tea
         kv_cache_memory_bytes=9 * BLOCK_BYTES,
         enable_chunked_prefill=True,
         max_num_batched_tokens=40,
-        disable_log_stats=False,
     )
     try:
         # Greedy: on CPU vLLM cannot split the prompt of a request that has a seed of its own.
         sampled = generate(teacher, requests(32, seed=4), temperature=0.0)
-        preemptions = num_preemptions(teacher)
+        preemptions = counter(teacher, "num_preemptions")
         scored = get(teacher.actor.score.remote(sampled))
     finally:
         restart(teacher)
@@ -342,10 +471,10 @@ def test_preemption_and_split_prompts_leave_no_gap_and_no_duplicate(teacher: Tea
 
 def test_preempted_random_samples_keep_their_sets(teacher: Teacher, models: Models) -> None:
     """Sampling at temperature 1 with preemption records exact sets of the tokens that were kept."""
-    restart(teacher, kv_cache_memory_bytes=9 * BLOCK_BYTES, disable_log_stats=False)
+    restart(teacher, kv_cache_memory_bytes=9 * BLOCK_BYTES)
     try:
         sampled = generate(teacher, requests(32, seed=5))
-        preemptions = num_preemptions(teacher)
+        preemptions = counter(teacher, "num_preemptions")
     finally:
         restart(teacher)
     assert preemptions > 0
@@ -354,47 +483,90 @@ def test_preempted_random_samples_keep_their_sets(teacher: Teacher, models: Mode
     assert counts.compared > 300
 
 
+class InterpretedTeacher(TeacherEngine):
+    """A teacher on vLLM's runner for GPUs, whose Triton kernels are interpreted."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        # vLLM uses Triton on CPU only with a CPU backend, and asks the package of its GPU build whether this is a CPU.
+        # Interpreted kernels need no backend.
+        import importlib.metadata
+        from types import SimpleNamespace
+
+        import triton.backends
+
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: "0+cpu" if name == "vllm" else version(name)  # type: ignore
+        triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+        super().__init__(arguments)
+
+
+def test_engine_that_schedules_ahead_records_the_tokens_it_keeps(teacher: Teacher, models: Models) -> None:
+    """A scheduler a step ahead of the tokens: exact sets of the tokens kept, in place, also after preemption."""
+    restart(teacher, ahead=True, kv_cache_memory_bytes=9 * BLOCK_BYTES)
+    try:
+        sampled = generate(teacher, requests(32, seed=8))
+        assert_scheduled_ahead(teacher)
+        preemptions = counter(teacher, "num_preemptions")
+        scored = get(teacher.actor.score.remote(sampled))
+    finally:
+        restart(teacher)
+    assert preemptions > 0
+    assert {row.finish_reason for row in sampled} == {"stop", "length"}
+    for rows in (sampled, scored):
+        counts = compare(rows, Reference(models.teacher))
+        assert counts.mismatches == 0
+        assert counts.compared > 300
+
+
 def test_v2_model_runner_records_the_same_sets(teacher: Teacher, models: Models) -> None:
-    """vLLM's runner for GPUs, its kernels interpreted on CPU: exact sets with split prompts and preemption."""
-
-    class InterpretedTeacher(TeacherEngine):
-        def __init__(self, arguments: dict[str, Any]) -> None:
-            # vLLM uses Triton on CPU only with a CPU backend, and asks the package of its GPU build whether this is a
-            # CPU. Interpreted kernels need no backend.
-            import importlib.metadata
-            from types import SimpleNamespace
-
-            import triton.backends
-
-            version = importlib.metadata.version
-            importlib.metadata.version = lambda name: "0+cpu" if name == "vllm" else version(name)  # type: ignore
-            triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
-            super().__init__(arguments)
-
-    environment = {**engine_environment(models.teacher), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    arguments = {
-        **teacher.arguments,
-        "llm": {
-            **teacher.arguments["llm"],
-            "kv_cache_memory_bytes": 5 * BLOCK_BYTES,
-            "enable_chunked_prefill": True,
-            "max_num_batched_tokens": 40,
-            "disable_log_stats": False,
-            # The interpreter lacks a function of the noise in float32.
-            "use_fp64_gumbel": True,
-        },
+    """vLLM's runner for GPUs: exact sets with split prompts, preemption, cached prefixes and a scheduler ahead."""
+    llm = {
+        **teacher.arguments["llm"],
+        "kv_cache_memory_bytes": 5 * BLOCK_BYTES,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 40,
+        # The interpreter lacks a function of the noise in float32.
+        "use_fp64_gumbel": True,
     }
-    actor_class = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(InterpretedTeacher)
-    v2 = Teacher(actor_class.options(runtime_env={"env_vars": environment}).remote(arguments), arguments)
-    assert get(v2.actor.__ray_call__.remote(lambda engine: engine.llm.llm_engine.vllm_config.use_v2_model_runner))
-    sampled = generate(v2, requests(6, seed=8, max_new_tokens=16), temperature=0.8)
-    assert num_preemptions(v2) > 0
-    scored = get(v2.actor.score.remote(sampled))
-    ray.kill(v2.actor)
+    arguments = {**teacher.arguments, "llm": llm}
+    actor = teacher_actor(arguments, InterpretedTeacher, TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    v2 = Teacher(actor, arguments)
+    restart(v2, ahead=True)
+    assert get(actor.__ray_call__.remote(lambda engine: engine.llm.llm_engine.vllm_config.use_v2_model_runner))
+    asked = [*requests(6, seed=8, max_new_tokens=16), *with_shared_prompts(seed=8)[4:6]]
+    sampled = generate(v2, asked, temperature=0.8)
+    assert_scheduled_ahead(v2)
+    assert counter(v2, "num_preemptions") > 0
+    assert counter(v2, "prefix_cache_hits") > 0
+    scored = get(actor.score.remote(sampled))
+    ray.kill(actor)
     for rows in (sampled, scored):
         counts = compare(rows, Reference(models.teacher))
         assert counts.mismatches == 0
         assert counts.compared > 50
+
+
+def test_tensor_parallel_teacher_records_once(teacher: Teacher, models: Models) -> None:
+    """Two processes with half of the heads and of the vocabulary each: the first one's sets, sampled and scored."""
+    arguments = engine_arguments(
+        models.teacher,
+        max_model_len=MAX_LEN,
+        max_num_seqs=32,
+        seed=0,
+        tensor_parallel_size=2,
+        record=teacher.arguments["record"],
+    )
+    actor = teacher_actor(arguments, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    parallel = Teacher(actor, arguments)
+    assert get(actor.__ray_call__.remote(lambda engine: engine._rpc(is_recording))) == [True, False]
+    sampled = generate(parallel, requests(16, seed=11))
+    scored = get(actor.score.remote(sampled))
+    get(actor.shutdown.remote())
+    ray.kill(actor)
+    for rows in (sampled, scored):
+        counts = compare(rows, Reference(models.teacher))
+        assert counts.mismatches == 0
+        assert counts.compared > 100
 
 
 def test_load_switches_weights_and_architecture(teacher: Teacher, models: Models) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openrlhf_bd.functional.candidates import CandidateSets, restrict_top_p, top_p_candidates
+from openrlhf_bd.functional.candidates import CHUNK, TIERS, CandidateSets, restrict_top_p, top_p_candidates
 from openrlhf_bd.records import RecordedSets
 
 INF = float("inf")
@@ -81,6 +81,40 @@ def test_sets_agree_with_brute_force(top_p: float) -> None:
         sets = top_p_candidates(torch.from_numpy(z_SV), top_p=top_p, always_include=always)
         for row in range(num_rows):
             assert ids_of(sets, row) == brute_force(z_SV[row], top_p, always)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_rows"), [(9_001, 40), (40_003, 10)])
+def test_sets_of_large_vocabularies_agree_with_brute_force(vocab_size: int, num_rows: int) -> None:
+    """Where only some chunks of the vocabulary are looked at, the last one short: sets, order and ties are exact."""
+    rng = np.random.default_rng(vocab_size)
+    scale = rng.choice([1.5, 2.5, 4.0, 8.0], size=(num_rows, 1))
+    z_SV = (rng.normal(size=(num_rows, vocab_size)) * scale).astype(np.float32)
+    z_SV[::2] = np.round(z_SV[::2], 1)
+    # The most likely tokens side by side, and at both ends of the short chunk.
+    z_SV[3::5, 130:150] = z_SV[3::5].max(axis=1, keepdims=True)
+    z_SV[4::5, vocab_size // CHUNK * CHUNK] = z_SV[4::5, -1] = z_SV[4::5].max(axis=1) + 1
+    z_SV[rng.random(z_SV.shape) < 0.02] = -INF
+    always = (0, vocab_size - 1)
+    sizes = []
+    for top_p in (0.3, 0.8, 0.95):
+        sets = top_p_candidates(torch.from_numpy(z_SV), top_p=top_p, always_include=always)
+        sizes += sets.sizes_S.tolist()
+        for row in range(num_rows):
+            assert ids_of(sets, row) == brute_force(z_SV[row], top_p, always)
+    # Every tier was needed.
+    assert min(sizes) < TIERS[0] < TIERS[1] < TIERS[2] < max(sizes)
+    assert any(TIERS[0] < size < TIERS[1] for size in sizes)
+    assert any(TIERS[1] < size < TIERS[2] for size in sizes)
+
+
+def test_logits_far_below_the_largest_count_as_nothing() -> None:
+    """A row that spans 10,000 nats has the same sets and masses as its two likely tokens alone."""
+    logits = torch.full((1, 5000), -1e4)
+    logits[0, [7, 4999]] = torch.tensor([0.0, math.log(3.0)])
+    sets = top_p_candidates(logits, top_p=0.8)
+    assert ids_of(sets, 0) == [4999, 7]
+    torch.testing.assert_close(sets.logprobs_M, torch.log(torch.tensor([0.75, 0.25])))
+    assert float(sets.neg_log_mass_S) == 0.0
 
 
 def test_boundary_within_float32_rounding_is_decided_in_float64() -> None:
@@ -221,6 +255,15 @@ def test_restriction_refuses_what_it_cannot_do() -> None:
     sets = CandidateSets(sets.ids_M, sets.offsets_S1, sets.neg_log_mass_S, torch.zeros(3))
     with pytest.raises(ValueError, match="id 7 is in 1 of 2"):
         restrict_top_p(sets, top_p=0.5, always_include=[7])
+
+
+def test_restriction_keeps_an_id_where_it_is() -> None:
+    """Of sets that may lack an always-included id, it stays in those that have it: {.6 .3 .05} and {.9}."""
+    logprobs = torch.log(torch.tensor([0.6, 0.3, 0.05, 0.9], dtype=torch.float64))
+    sets = CandidateSets(torch.tensor([4, 3, 7, 4]), torch.tensor([0, 3, 4]), torch.zeros(2), logprobs)
+    cut = restrict_top_p(sets, top_p=0.5, always_include=[7], require_always=False)
+    assert cut.ids_M.tolist() == [4, 7, 4]
+    torch.testing.assert_close(cut.neg_log_mass_S, torch.tensor([-math.log(0.65), -math.log(0.9)]))
 
 
 def recorded(sizes: list[int], *, logprobs: bool = True) -> RecordedSets:
