@@ -73,6 +73,18 @@ class BellmanOptions(Section):
     tail_tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="states whose mass inside is nearer to the teacher's than this get no gradient of the tail"
     )
+    student_target: Literal["none", "forward", "reverse"] = Field(
+        "forward",
+        description="linear term of the student's own responses: none, the expected one, or reverse KL between the "
+        "projected policies",
+    )
+    student_tail: bool = Field(True, description="the student's own responses have the tail term too")
+    student_td: bool = Field(True, description="the student's own responses have the regulariser too (LS-IQ's mixture)")
+    student_out_of_set: Literal["drop", "penalise"] = Field(
+        "drop",
+        description="regulariser of an action outside its set in the student's own responses: none, or pull its reward "
+        "to -2 alpha",
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -85,6 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "q_min": -10.0,
         "linear_term": "sampled",
         "tail_coef": 0.0,
+        "student_target": "none",
     },
 }
 PRESETS["released"] = {**PRESETS["paper"], "objective": "released", "reduction": "sequence"}
@@ -98,8 +111,10 @@ class OnlineOptions(Section):
         description="offline: all rows are there before training; online: rows are made while the student trains; "
         "offline_then_online: the first algo.distill.offline_steps from teacher.store_path",
     )
-    rollout: Literal["teacher", "student", "mixed"] = Field(
-        "mixed", description="online: whose responses; mixed: the student's for algo.distill.student_fraction of rows"
+    rollout: Literal["teacher", "student", "mixed"] | None = Field(
+        None,
+        description="online: whose responses; mixed: the student's for algo.distill.student_fraction of rows; none: "
+        "mixed, the student's where the algorithm needs them, the teacher's where it cannot use the student's",
     )
     student_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.5, description="online, mixed: share of rows that the student samples (beta)"
@@ -129,7 +144,29 @@ class OnlineOptions(Section):
     )
 
 
-class DistillConfig(BellmanOptions, OnlineOptions):
+class DivergenceOptions(Section):
+    """Options of the algorithms that match the teacher's distribution at each state: gkd, rkl, minillm."""
+
+    jsd_beta: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5, description="gkd: coefficient of the Jensen-Shannon divergence; 0 is forward KL, 1 reverse KL"
+    )
+    divergence_support: Literal["bucket", "set"] = Field(
+        "bucket",
+        description="gkd, rkl: what the divergence is over: the candidates and one bucket for all other tokens, or "
+        "both policies projected on the candidates",
+    )
+    importance: Literal["token", "sequence"] = Field(
+        "token",
+        description="minillm: importance weight of a token: its own ratio of policy and behaviour, or the product of "
+        "the ratios up to it",
+    )
+    importance_clip: Positive = Field(
+        0.2, description="minillm: clip of PPO's ratio; other importance ratios count up to 1 + this"
+    )
+    length_normalisation: bool = Field(True, description="minillm: mean in the place of the sum of later rewards")
+
+
+class DistillConfig(BellmanOptions, DivergenceOptions, OnlineOptions):
     """`--algo.distill.*`: which algorithm, where rollouts come from, and the objective's options."""
 
     name: str = Field("bd", description="algorithm: a registered name (`openrlhf-bd list`) or package.module:Class")
@@ -154,6 +191,20 @@ class DistillConfig(BellmanOptions, OnlineOptions):
         if isinstance(values, dict):
             return {**PRESETS.get(values.get("preset", "robust"), {}), **values}
         return values
+
+
+# What an algorithm's loss may read; the other options of DistillConfig concern the run, whatever the algorithm.
+OBJECTIVE_OPTIONS = (*BellmanOptions.model_fields, *DivergenceOptions.model_fields)
+
+
+def changed_objective(options: DistillConfig) -> dict[str, Any]:
+    """The objective's options that differ from their preset, by name: those that somebody must have asked for.
+
+    The values decide, not who wrote them: a configuration that was printed in full and is read back gives every option.
+    """
+    preset = DistillConfig(preset=options.preset)
+    found, expected = options.model_dump(), preset.model_dump()
+    return {name: found[name] for name in OBJECTIVE_OPTIONS if found[name] != expected[name]}
 
 
 class AlgoConfig(Section):
@@ -224,7 +275,23 @@ class TeacherConfig(Section):
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     enable_prefix_caching: bool = Field(True, description="share the prompt's cache among its samples")
     store_path: str | None = Field(
-        None, description="folder of the teacher's data; none: <ckpt.output_dir>/teacher_data; reused where it fits"
+        None,
+        description="folder of the teacher's data, or its URL (s3://bucket/folder: any that fsspec reaches); "
+        "none: <ckpt.output_dir>/teacher_data; reused where it fits",
+    )
+    api_base: str | None = Field(
+        None,
+        description="URL of an OpenAI-compatible server that hosts the teacher, http://HOST:PORT/v1, in the place of "
+        "engines; its key: the environment variable OPENAI_API_KEY",
+    )
+    api_model: str | None = Field(None, description="name of the model on that server; none: the only one there")
+    api_top_logprobs: PositiveInt = Field(
+        20, description="K: candidate sets are cut at the K likeliest tokens, which is what a server tells of a state"
+    )
+    api_concurrency: PositiveInt = Field(64, description="requests that each of teacher.num_engines has on the way")
+    api_timeout_s: Positive = Field(300.0, description="longest wait for one answer of the server, seconds")
+    api_max_retries: Count = Field(
+        8, description="further tries, with growing pauses, of a request that the server did not answer or put off"
     )
     record_logprobs: bool = Field(True, description="record the candidates' log-probabilities too")
     rows_per_shard: PositiveInt = Field(2048, description="rows of one sealed shard")
@@ -232,7 +299,7 @@ class TeacherConfig(Section):
         16, description="engines replaced after they died, failed or hung, in all"
     )
     max_quarantined_rows: Annotated[int, Field(ge=0)] = Field(
-        16, description="rows left out, by name, because each ended two engines by itself"
+        16, description="rows of a teacher left out, by name, because each ended two engines by itself"
     )
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from openrlhf_bd.config import DistillConfig
+from openrlhf_bd.config import OBJECTIVE_OPTIONS, DistillConfig, OnlineOptions, changed_objective
+from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.candidates import CandidateSets
 from openrlhf_bd.functional.head import StudentHead
 from openrlhf_bd.functional.metrics import Metrics
 from openrlhf_bd.functional.trajectories import Trajectories
+
+Rollouts = Literal["teacher", "student", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class Needs:
         candidate_logprobs: the teacher's log-probabilities of the candidates.
         shift_constant: the mean log-sum-exp of the starting student's logits / tau (functional.head.mean_log_sum_exp).
         target_network: a moving average of the student's weights, whose logits StepContext.target_head has.
+        student_rollouts: responses that the student samples itself, with the log-probabilities under which it did:
+            never (its loss has no meaning on them), optional beside the others, or required: then a run is online, or
+            its store is what an online run left.
     """
 
     rollouts: Literal["gold", "teacher"]
@@ -33,6 +39,17 @@ class Needs:
     candidate_logprobs: bool = False
     shift_constant: bool = False
     target_network: bool = False
+    student_rollouts: Literal["never", "optional", "required"] = "never"
+
+    def rollout_of(self, options: OnlineOptions) -> Rollouts:
+        """Whose responses an online run has: what the options say, else what the algorithm learns from."""
+        by_needs: dict[str, Rollouts] = {"never": "teacher", "optional": "mixed", "required": "student"}
+        return options.rollout or by_needs[self.student_rollouts]
+
+    def student_samples(self, options: OnlineOptions) -> bool:
+        """Whether an online run has rows that the student samples."""
+        rollout = self.rollout_of(options)
+        return rollout == "student" or (rollout == "mixed" and options.student_fraction > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +92,14 @@ class Algorithm(ABC):
         stop_ids: stop tokens of the student's tokenizer.
         shift_constant: nats, where `needs` asks for it.
 
+    Attributes:
+        reads: the objective's options (config.OBJECTIVE_OPTIONS) that this algorithm reads; None: not stated.
+
     Raises:
         ConfigError: options contradict each other, or shift_constant is missing.
     """
+
+    reads: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, options: DistillConfig, stop_ids: Sequence[int], shift_constant: float | None = None) -> None:
         self.options = options
@@ -88,11 +110,29 @@ class Algorithm(ABC):
     @classmethod
     @abstractmethod
     def needs_of(cls, options: DistillConfig) -> Needs:
-        """What a run with these options must prepare.
+        """What a run with these options must prepare. Begins with `refuse_unread` where `reads` is stated.
 
         Raises:
-            ConfigError: options contradict each other.
+            ConfigError: options contradict each other, or one was changed that the algorithm does not read.
         """
+
+    @classmethod
+    def refuse_unread(cls, options: DistillConfig) -> None:
+        """Refuse options that differ from their preset and that this algorithm does not read: a wish with no effect.
+
+        Raises:
+            ConfigError: the message names options and algorithm, and what the algorithm reads.
+        """
+        if cls.reads is None:
+            return
+        unread = {name: value for name, value in changed_objective(options).items() if name not in cls.reads}
+        if unread:
+            flags = ", ".join(f"--algo.distill.{name} {str(value).lower()}" for name, value in unread.items())
+            known = ", ".join(name for name in OBJECTIVE_OPTIONS if name in cls.reads)
+            raise ConfigError(
+                f"--algo.distill.name {options.name} does not read {flags}; leave "
+                f"{'it' if len(unread) == 1 else 'them'} out (of the objective's options it reads {known})"
+            )
 
     @abstractmethod
     def loss(
@@ -110,3 +150,16 @@ class Algorithm(ABC):
             trajectories: taken tokens and what follows what.
             context: the step that the micro-batch belongs to.
         """
+
+
+def require_mask(options: DistillConfig) -> None:
+    """Refuse p = 1, for algorithms that need the teacher's distribution.
+
+    Raises:
+        ConfigError: options.top_p is 1.
+    """
+    if options.top_p == 1:
+        raise ConfigError(
+            f"--algo.distill.name {options.name} with --algo.distill.top_p 1 needs the teacher's log-probability of "
+            "every token of the vocabulary, which no store holds; use a top_p below 1 (0.999 keeps nearly all)"
+        )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import ClassVar
 
-from openrlhf_bd.algorithms.base import Needs
+from openrlhf_bd.algorithms.base import require_mask
 from openrlhf_bd.algorithms.bd import BellmanDistill
 from openrlhf_bd.algorithms.registry import register_algorithm
 from openrlhf_bd.config import DistillConfig
-from openrlhf_bd.errors import ConfigError
 
 # What is left of the Bellman objective without its temporal difference. The shift and the clip of Q are then without
 # meaning: a cross-entropy does not depend on the level of the logits.
@@ -22,6 +21,9 @@ KD_OPTIONS = {
     "regulariser": "none",
     "next_value_gradient": "full",
     "td_warmup_steps": 0,
+    "student_target": "forward",
+    "student_tail": True,
+    "student_out_of_set": "drop",
 }
 
 
@@ -38,18 +40,11 @@ class WordDistill(BellmanDistill):
     functional.bellman: the expected linear term and the tail, without the temporal difference.
     """
 
-    def __init__(self, options: DistillConfig, stop_ids: Sequence[int], shift_constant: float | None = None) -> None:
-        super().__init__(_kd_options(options), stop_ids, shift_constant)
+    reads: ClassVar = frozenset(
+        {"top_p", "include_eos", "tau", "reduction", "tail_estimator", "tail_samples", "tail_tolerance"}
+    )
 
     @classmethod
-    def needs_of(cls, options: DistillConfig) -> Needs:
-        return super().needs_of(_kd_options(options))
-
-
-def _kd_options(options: DistillConfig) -> DistillConfig:
-    if options.top_p == 1:
-        raise ConfigError(
-            f"--algo.distill.name {options.name} with --algo.distill.top_p 1 needs the teacher's log-probability of "
-            "every token of the vocabulary, which no store holds; use a top_p below 1 (0.999 keeps nearly all)"
-        )
-    return options.model_copy(update=KD_OPTIONS)
+    def objective_of(cls, options: DistillConfig) -> DistillConfig:
+        require_mask(options)
+        return options.model_copy(update=KD_OPTIONS)

@@ -18,7 +18,10 @@ from openrlhf_bd.errors import ConfigError
 ENTRY_POINT_GROUP = "openrlhf.algorithms"
 BUILT_IN = {
     "bd": "openrlhf_bd.algorithms.bd:BellmanDistill",
+    "gkd": "openrlhf_bd.algorithms.gkd:GeneralisedDistill",
     "kd": "openrlhf_bd.algorithms.kd:WordDistill",
+    "minillm": "openrlhf_bd.algorithms.minillm:MiniLLM",
+    "rkl": "openrlhf_bd.algorithms.rkl:ReverseDistill",
     "sft": "openrlhf_bd.algorithms.sft:SupervisedFineTuning",
     "seqkd": "openrlhf_bd.algorithms.seqkd:SequenceDistill",
 }

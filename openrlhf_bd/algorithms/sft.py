@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from openrlhf_bd.algorithms.base import Algorithm, LossOutput, Needs, StepContext
 from openrlhf_bd.algorithms.registry import register_algorithm
 from openrlhf_bd.config import DistillConfig
@@ -15,8 +17,11 @@ from openrlhf_bd.functional.trajectories import Trajectories, reduction_weights
 class SupervisedFineTuning(Algorithm):
     """Supervised fine-tuning: cross-entropy on the data set's own responses, with an optional z-loss."""
 
+    reads: ClassVar = frozenset({"reduction"})
+
     @classmethod
     def needs_of(cls, options: DistillConfig) -> Needs:
+        cls.refuse_unread(options)
         return Needs(rollouts="gold")
 
     def loss(

@@ -1,4 +1,4 @@
-"""Pure tensor functions: candidate sets, the Bellman Distill objective, cross-entropy. Torch and NumPy only.
+"""Pure tensor functions: candidate sets, the Bellman Distill objective and other losses. Torch and NumPy only.
 
 A loss and its gradient from logits, without Ray, vLLM or a configuration file:
 
@@ -31,12 +31,15 @@ states (ragged, CSR), V vocabulary, B rows, S1 = S + 1. Half-precision inputs ar
 from openrlhf_bd.functional.bellman import BellmanTerms, bellman_loss, bellman_loss_from_logits
 from openrlhf_bd.functional.candidates import CandidateSets, restrict_top_p, top_p_candidates
 from openrlhf_bd.functional.cross_entropy import token_cross_entropy
+from openrlhf_bd.functional.divergence_loss import divergence_loss
 from openrlhf_bd.functional.head import DenseHead, StudentHead
 from openrlhf_bd.functional.options import validate_options
+from openrlhf_bd.functional.policy_gradient import policy_gradient_loss
 from openrlhf_bd.functional.sparse_head import SparseHead
-from openrlhf_bd.functional.trajectories import Trajectories
+from openrlhf_bd.functional.trajectories import Behaviour, Trajectories
 
 __all__ = [
+    "Behaviour",
     "BellmanTerms",
     "CandidateSets",
     "DenseHead",
@@ -45,6 +48,8 @@ __all__ = [
     "Trajectories",
     "bellman_loss",
     "bellman_loss_from_logits",
+    "divergence_loss",
+    "policy_gradient_loss",
     "restrict_top_p",
     "token_cross_entropy",
     "top_p_candidates",

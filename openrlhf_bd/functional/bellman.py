@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.candidates import CandidateSets
+from openrlhf_bd.functional.checks import check_states
 from openrlhf_bd.functional.diagnostics import LossParts, bellman_diagnostics
 from openrlhf_bd.functional.head import DenseHead, StudentHead, WeightedTerm
 from openrlhf_bd.functional.metrics import Metrics
@@ -20,6 +21,7 @@ from openrlhf_bd.functional.options import validate_options
 from openrlhf_bd.functional.regularisers import reward_penalty
 from openrlhf_bd.functional.released import released_terms, released_weights
 from openrlhf_bd.functional.segments import segment_logsumexp
+from openrlhf_bd.functional.student_rows import pulled_actions, student_penalty, student_target
 from openrlhf_bd.functional.trajectories import Trajectories, reduction_weights
 from openrlhf_bd.functional.values import (
     ActionValues,
@@ -27,6 +29,7 @@ from openrlhf_bd.functional.values import (
     action_values,
     negative_log_policy_expected,
     negative_log_policy_taken,
+    projected_log_teacher,
     transitions,
 )
 
@@ -62,13 +65,14 @@ def bellman_loss(
     generator: Generator | None = None,
     full_diagnostics: bool = True,
 ) -> BellmanTerms:
-    """Offline Bellman Distill loss of a micro-batch (Eq. 17, negated), and the binary tail term.
+    """Bellman Distill loss of a micro-batch (Eq. 17, negated), and the binary tail term.
 
     L = (1/N) sum_t { u_t [-Q_t(a_t) + V_t] + w u_t d_t [r_t - phi(r_t)] + lambda_tail tail_t }
 
     With chi-squared r - phi(r) = r^2 / (4 alpha). `linear_term expected` replaces u_t [-Q_t(a_t) + V_t] by its
     expectation under the teacher, in every state with an action; `out_of_set` then concerns the second term alone.
-    `objective released` has its own first two terms (functional.released).
+    `objective released` has its own first two terms (functional.released). Rows that the student sampled (trajectories
+    with a behaviour) have terms of their own in the same mean: functional.student_rows.
 
     Args:
         head: student's logits at the states. Gradient flows.
@@ -89,7 +93,7 @@ def bellman_loss(
         BellmanTerms; a non-finite loss is returned as it is.
 
     Raises:
-        ConfigError: options contradict each other or what was given.
+        ConfigError: options contradict each other or what was given; `released` with rows of the student.
         ValueError: head, sets and trajectories differ in their number of states, or the count is not positive.
     """
     validate_options(options)
@@ -99,11 +103,12 @@ def bellman_loss(
     z_M = head.at_candidates(sets)
     weight_S = _weights(trajectories, options, dtype=z_M.dtype)
     # First of all terms: a pass over the vocabulary for the tail also gives the maximum or log-sum-exp of the shift.
-    tail = _tail(head, z_M, sets, options, options.tail_coef / denominator * weight_S, generator)
+    tail_weight_S = options.tail_coef / denominator * _tail_states(weight_S, trajectories, options)
+    tail = _tail(head, z_M, sets, options, tail_weight_S, generator)
 
-    taken_S = trajectories.taken_S
-    values = action_values(head, z_M, sets, taken_S, options, shift_constant=shift_constant)
-    target_values = _target_values(target_head, sets, taken_S, options, shift_constant=shift_constant)
+    taken_S, pull_S = trajectories.taken_S, pulled_actions(trajectories, options)
+    values = action_values(head, z_M, sets, taken_S, options, shift_constant=shift_constant, pull_S=pull_S)
+    target_values = _target_values(target_head, sets, taken_S, options, shift_constant=shift_constant, pull_S=pull_S)
     steps = transitions(values, trajectories, options, target_values=target_values)
     if options.objective == "released":
         linear_S, td_S = released_terms(
@@ -179,9 +184,25 @@ def _eq17_terms(
     if options.linear_term == "sampled":
         linear_S = negative_log_policy_taken(steps)
     else:
-        expected_S = negative_log_policy_expected(values.q_M, steps.value_S, sets)
+        log_teacher_M = projected_log_teacher(
+            sets, dtype=values.q_M.dtype, wanted_by="--algo.distill.linear_term expected"
+        )
+        expected_S = negative_log_policy_expected(values.q_M, steps.value_S, sets, log_teacher_M)
         linear_S = torch.where(trajectories.has_action_S, expected_S, 0.0)
-    return linear_S, reward_penalty(steps.reward_S, name=options.regulariser, alpha=options.alpha)
+    td_S = reward_penalty(steps.reward_S, name=options.regulariser, alpha=options.alpha)
+    student_S = trajectories.student_S
+    if student_S is None:
+        return linear_S, td_S
+    return (
+        torch.where(student_S, student_target(values, sets, options), linear_S),
+        torch.where(student_S, student_penalty(td_S, values, steps, options), td_S),
+    )
+
+
+def _tail_states(weight_S: Tensor, trajectories: Trajectories, options: BellmanOptions) -> Tensor:
+    """The weights, 0 where a state has no tail term."""
+    student_S = trajectories.student_S
+    return weight_S if student_S is None or options.student_tail else torch.where(student_S, 0.0, weight_S)
 
 
 @torch.no_grad()
@@ -192,11 +213,13 @@ def _target_values(
     options: BellmanOptions,
     *,
     shift_constant: float | None,
+    pull_S: Tensor | None,
 ) -> ActionValues | None:
     if target_head is None or options.next_value_gradient != "target":
         return None
     head = target_head.tempered(options.tau)
-    return action_values(head, head.at_candidates(sets), sets, taken_S, options, shift_constant=shift_constant)
+    z_M = head.at_candidates(sets)
+    return action_values(head, z_M, sets, taken_S, options, shift_constant=shift_constant, pull_S=pull_S)
 
 
 def _tail(
@@ -224,13 +247,15 @@ def _tail(
 def _check_inputs(
     head: StudentHead, sets: CandidateSets, trajectories: Trajectories, options: BellmanOptions, denominator: float
 ) -> None:
-    counts = {"logits": head.num_states, "candidate sets": sets.num_states, "trajectories": trajectories.num_states}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"numbers of states differ: {counts}; all three describe the states of one micro-batch")
-    if denominator <= 0:
-        raise ValueError(f"the count of the global batch is {denominator}; it must be positive")
+    check_states(head, sets, trajectories, denominator)
     if sets.is_whole and options.top_p < 1:
         raise ConfigError(
             f"the candidate sets are the whole vocabulary (p = 1), and --algo.distill.top_p is {options.top_p}; use "
             "--algo.distill.top_p 1, or sets of that p"
+        )
+    if options.objective == "released" and trajectories.student_S is not None:
+        raise ConfigError(
+            "--algo.distill.objective released computes what the authors' code does, which has no rows that the "
+            "student sampled, and some of these are; use --algo.distill.rollout teacher, or "
+            "--algo.distill.objective eq17"
         )

@@ -68,6 +68,13 @@ def _refuse_contradictions(options: BellmanOptions) -> None:
             "every token of the vocabulary, which no store holds; use --algo.distill.linear_term sampled, or a top_p "
             "below 1 (0.999 keeps nearly all)"
         )
+    if options.student_out_of_set == "penalise" and not (options.student_td and options.regulariser == "chi2"):
+        off = "student_td false" if not options.student_td else f"regulariser {options.regulariser}"
+        raise ConfigError(
+            "--algo.distill.student_out_of_set penalise pulls rewards to -2 alpha by chi-squared on the student's "
+            f"transitions, and with --algo.distill.{off} there is none; use --algo.distill.student_out_of_set drop, or "
+            "student_td true with regulariser chi2"
+        )
 
 
 def _refuse_without_effect(options: BellmanOptions) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -33,6 +34,11 @@ class Behaviour:
     def to(self, device: torch.device | str) -> Behaviour:
         """The same with tensors on `device`."""
         return Behaviour(self.is_student_S.to(device), self.logprob_S.to(device), self.teacher_logprob_S.to(device))
+
+    def narrow(self, start: int, length: int) -> Behaviour:
+        """Of states [start, start + length)."""
+        parts = (self.is_student_S, self.logprob_S, self.teacher_logprob_S)
+        return Behaviour(*(part.narrow(0, start, length) for part in parts))
 
     @staticmethod
     def from_rollouts(rollouts: Sequence[Rollout]) -> Behaviour | None:
@@ -93,6 +99,13 @@ class Trajectories:
     def has_action_S(self) -> Tensor:
         """True where a token was taken: the states that a loss is a mean over."""
         return self.taken_S >= 0
+
+    @cached_property
+    def student_S(self) -> Tensor | None:
+        """True at the states of rows that the student sampled; None where there is no such row."""
+        if self.behaviour is None or not bool(self.behaviour.is_student_S.any()):
+            return None
+        return self.behaviour.is_student_S
 
     def to(self, device: torch.device | str) -> Trajectories:
         """The same trajectories with tensors on `device`."""

@@ -30,8 +30,9 @@ class ActionValues:
         q_M: Q of every candidate, nats; no entry where the sets are the whole vocabulary.
         clipped_M: True where Q_min holds a candidate (no gradient there).
         value_S: soft value V of each state, nats.
-        q_taken_S: Q of the taken token, nats; 0 where it is not a candidate.
+        q_taken_S: Q of the taken token, nats; 0 where it is neither a candidate nor pulled.
         in_set_S: True where the taken token is a candidate.
+        pulled_S: True where it is none, and its reward is to be pulled down (student_rows.pulled_actions).
     """
 
     q_M: Tensor
@@ -39,6 +40,7 @@ class ActionValues:
     value_S: Tensor
     q_taken_S: Tensor
     in_set_S: Tensor
+    pulled_S: Tensor
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def action_values(
     options: BellmanOptions,
     *,
     shift_constant: float | None,
+    pull_S: Tensor | None = None,
 ) -> ActionValues:
     """Q, soft values and the taken tokens' Q, over the candidate sets.
 
@@ -120,6 +123,7 @@ def action_values(
         taken_S: token taken in each state, -1 for none.
         options: q_shift and q_min.
         shift_constant: nats; the run's constant.
+        pull_S: True where the taken token's Q is wanted although it may be no candidate; None: nowhere.
 
     Raises:
         ConfigError: q_shift is constant and shift_constant is None.
@@ -135,42 +139,44 @@ def action_values(
             head.soft_value(shift_S, options.q_min),
             torch.where(in_set_S, q_taken_S, 0.0),
             in_set_S,
+            torch.zeros_like(in_set_S),
         )
     q_M, clipped_M = _clipped(_shifted(z_M, None if shift_S is None else shift_S[sets.state_M]), options.q_min)
     position_S = taken_candidate(sets, taken_S)
     in_set_S = position_S >= 0
-    return ActionValues(
-        q_M,
-        clipped_M,
-        soft_value(q_M, sets.state_M, sets.num_states),
-        torch.where(in_set_S, q_M[position_S.clamp(min=0)], 0.0),
-        in_set_S,
-    )
+    q_taken_S = torch.where(in_set_S, q_M[position_S.clamp(min=0)], 0.0)
+    pulled_S = torch.zeros_like(in_set_S) if pull_S is None else pull_S & ~in_set_S & (taken_S >= 0)
+    if pull_S is not None:
+        q_pulled_S, _ = _clipped(_shifted(head.at(torch.where(pulled_S, taken_S, -1)), shift_S), options.q_min)
+        pulled_S &= q_pulled_S != NEG_INF  # what the student rules out is as low as can be
+        q_taken_S = torch.where(pulled_S, q_pulled_S, q_taken_S)
+    return ActionValues(q_M, clipped_M, soft_value(q_M, sets.state_M, sets.num_states), q_taken_S, in_set_S, pulled_S)
 
 
-def projected_teacher(sets: CandidateSets, *, dtype: torch.dtype) -> Tensor:
-    """Probabilities of the projected teacher (Def. 3), from the stored log-probabilities.
+def projected_log_teacher(sets: CandidateSets, *, dtype: torch.dtype, wanted_by: str) -> Tensor:
+    """Log-probabilities of the projected teacher (Def. 3), from the stored ones.
 
-    pi*(a | s) / sum_{b in A_p(s)} pi*(b | s)
+    log pi*(a | s) - log sum_{b in A_p(s)} pi*(b | s)
 
     Args:
         sets: candidate sets with log-probabilities.
         dtype: type of the result.
+        wanted_by: flag that asks for them, with its value, for the message.
 
     Returns:
-        [M]; each state's sum to 1. No gradient.
+        [M], nats; -inf where the teacher's probability is 0. No gradient.
 
     Raises:
         ConfigError: the sets have no log-probabilities.
     """
     if sets.logprobs_M is None:
         raise ConfigError(
-            "the candidate sets have no log-probabilities, which --algo.distill.linear_term expected needs; record "
-            "them (--teacher.record_logprobs true) or use --algo.distill.linear_term sampled"
+            f"the candidate sets have no log-probabilities, which {wanted_by} needs; record them "
+            "(--teacher.record_logprobs true, --algo.distill.top_p below 1), or change that option"
         )
     logprobs_M = sets.logprobs_M.to(dtype)
     log_mass_S = segment_logsumexp(logprobs_M, sets.state_M, sets.num_states)
-    return torch.exp(_difference(logprobs_M, log_mass_S[sets.state_M]))
+    return _difference(logprobs_M, log_mass_S[sets.state_M])
 
 
 def taken_candidate(sets: CandidateSets, taken_S: Tensor) -> Tensor:
@@ -203,6 +209,7 @@ def transitions(
     for ever in a state where it is the only one, so V' = Q_t(a_t) and r = (1 - gamma) Q_t(a_t).
     Where the response was cut, by options.truncated: bootstrap V_{t+1} where that state was recorded, or drop it.
     With options.next_value_gradient target, V' is the target network's, and so is Q_t(a_t) in it.
+    options.out_of_set concerns the teacher's rows; of the student's, a token outside its set counts only where pulled.
 
     Args:
         values: the student's Q and V. Gradient flows, through V' only if options.next_value_gradient is full.
@@ -213,9 +220,11 @@ def transitions(
     Raises:
         ConfigError: next_value_gradient is target and there are no target_values.
     """
-    in_set_S = values.in_set_S
+    in_set_S, student_S = values.in_set_S, trajectories.student_S
     q_taken_S = _taken_q(values, options)
     used_S = in_set_S if options.out_of_set == "drop" else trajectories.has_action_S
+    if student_S is not None:
+        used_S = torch.where(student_S, in_set_S | values.pulled_S, used_S)
     after = _next_values(values, options, target_values)
 
     next_S, terminal_S = trajectories.next_S, trajectories.terminal_S
@@ -243,12 +252,12 @@ def negative_log_policy_taken(steps: Transitions) -> Tensor:
     return torch.where(steps.used_S, -_difference(steps.q_taken_S, steps.value_S), 0.0)
 
 
-def negative_log_policy_expected(q_M: Tensor, value_S: Tensor, sets: CandidateSets) -> Tensor:
+def negative_log_policy_expected(q_M: Tensor, value_S: Tensor, sets: CandidateSets, log_teacher_M: Tensor) -> Tensor:
     """Expectation of the sampled linear term under the teacher, out-of-set tokens dropped, [S] nats.
 
-    P_t sum_{a in A_t} proj_p pi*(a) [-Q_t(a) + V_t],  P_t the teacher's mass on A_t
+    P_t sum_{a in A_t} proj_p pi*(a) [-Q_t(a) + V_t],  P_t the teacher's mass on A_t, log_teacher_M of the projected one
     """
-    weight_M = projected_teacher(sets, dtype=q_M.dtype)
+    weight_M = torch.exp(log_teacher_M)
     log_policy_M = projected_log_policy(q_M, value_S, sets.state_M)
     term_M = torch.where(weight_M > 0, weight_M * -log_policy_M, 0.0)
     return teacher_mass(sets, dtype=q_M.dtype) * segment_sum(term_M, sets.state_M, sets.num_states)
@@ -265,7 +274,7 @@ def _difference(x: Tensor, level: Tensor) -> Tensor:
 
 
 def _taken_q(values: ActionValues, options: BellmanOptions) -> Tensor:
-    return torch.where(values.in_set_S, values.q_taken_S, _out_of_set_q(options))
+    return torch.where(values.in_set_S | values.pulled_S, values.q_taken_S, _out_of_set_q(options))
 
 
 def _next_values(values: ActionValues, options: BellmanOptions, target_values: ActionValues | None) -> ActionValues:

@@ -153,12 +153,13 @@ def _runs(starts: Tensor, num_states: int) -> list[tuple[int, int]]:
 
 def _narrow_trajectories(trajectories: Trajectories, start: int, length: int) -> Trajectories:
     """One row of trajectories, which has these states."""
-    next_S = trajectories.next_S.narrow(0, start, length)
+    next_S, behaviour = trajectories.next_S.narrow(0, start, length), trajectories.behaviour
     return Trajectories(
         taken_S=trajectories.taken_S.narrow(0, start, length),
         next_S=torch.where(next_S >= 0, next_S - start, -1),
         terminal_S=trajectories.terminal_S.narrow(0, start, length),
         row_S=torch.zeros_like(next_S),
+        behaviour=None if behaviour is None else behaviour.narrow(start, length),
     )
 
 

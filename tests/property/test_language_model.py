@@ -15,7 +15,7 @@ import torch
 from openrlhf_bd.config import BellmanOptions
 from openrlhf_bd.functional.bellman import bellman_loss_from_logits
 from openrlhf_bd.functional.candidates import CandidateSets, top_p_candidates
-from openrlhf_bd.functional.trajectories import Trajectories
+from openrlhf_bd.functional.trajectories import Behaviour, Trajectories
 from openrlhf_bd.theory.imitation import (
     imitation_gradient,
     imitation_objective,
@@ -152,6 +152,33 @@ def test_loss_is_the_tabular_objective(linear_term, top_p, alpha):
         arguments = (model.inside, masked(model, q_SV), model.visits_SV)
         assert loss.item() == pytest.approx(-imitation_objective(*arguments, alpha=alpha), rel=1e-11)
         gradient_SV = imitation_gradient(*arguments, alpha=alpha)
+        np.testing.assert_allclose(logits_SV.grad.numpy(), -gradient_SV, atol=1e-12)
+
+
+@pytest.mark.parametrize(("top_p", "beta"), [(1.0, 0.5), (0.8, 0.3), (0.5, 0.7)])
+def test_loss_of_both_sources_is_the_objective_of_their_mixture(top_p, beta):
+    """The share beta of the student's own responses adds beta rho_S to the weights of chi-squared, and nothing else."""
+    alpha, options = 0.7, options_for(top_p, 0.7, student_target="none")
+    for seed in range(5):
+        model, rng = language_model(seed, top_p), np.random.default_rng([43, seed])
+        student_SV = rng.dirichlet(np.ones(NUM_TOKENS), size=len(model.teacher_SV))
+        sampled = replace(model, teacher_SV=student_SV)
+        rows = [replace(row, probability=(1 - beta) * row.probability) for row in rows_of(model, top_p)]
+        for row, (_, _, probability) in zip(rows_of(model, top_p), sampled.responses(), strict=True):
+            flags, zeros = torch.ones(len(row.states), dtype=torch.bool), torch.zeros(len(row.states))
+            trajectory = replace(row.trajectory, behaviour=Behaviour(flags, zeros, zeros))
+            rows.append(replace(row, probability=beta * probability, trajectory=trajectory))
+        q_SV = rng.normal(size=model.teacher_SV.shape)
+        logits_SV = torch.from_numpy(q_SV).requires_grad_()
+        loss = expected_loss(rows, logits_SV, options)
+        loss.backward()
+        visits_SV = expert_occupancy(replace(model.tree.mdp, gamma=1.0), student_SV)
+        weight_SV = (1 - beta) * model.visits_SV
+        chi_SV = weight_SV + beta * np.where(model.sets_SV, visits_SV, 0.0)
+        arguments = (model.inside, masked(model, q_SV), weight_SV)
+        objective = imitation_objective(*arguments, alpha=alpha, chi_SA=chi_SV)
+        assert loss.item() == pytest.approx(-objective, rel=1e-11)
+        gradient_SV = imitation_gradient(*arguments, alpha=alpha, chi_SA=chi_SV)
         np.testing.assert_allclose(logits_SV.grad.numpy(), -gradient_SV, atol=1e-12)
 
 

@@ -7,7 +7,8 @@ import torch
 
 from openrlhf_bd.algorithms import resolve_algorithm
 from openrlhf_bd.algorithms.base import Needs, StepContext
-from openrlhf_bd.config import DistillConfig
+from openrlhf_bd.algorithms.registry import BUILT_IN
+from openrlhf_bd.config import OBJECTIVE_OPTIONS, PRESETS, DistillConfig
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.bellman import bellman_loss
 from openrlhf_bd.functional.candidates import CandidateSets
@@ -123,27 +124,91 @@ def test_kd_is_the_cross_entropy_of_the_coarsened_distributions(preset: str) -> 
     assert float(output.loss) == pytest.approx(((losses[0] + losses[1]) / 2 + losses[2]) / 4)
 
 
-def test_kd_needs_a_mask() -> None:
-    """At p = 1 no store has the teacher's distribution; the message names no option that kd does not read."""
-    with pytest.raises(ConfigError, match=r"^--algo\.distill\.name kd .* top_p below 1") as caught:
-        resolve_algorithm("kd").needs_of(DistillConfig(name="kd", preset="paper", top_p=1.0))
+@pytest.mark.parametrize("name", ["kd", "gkd", "rkl", "minillm"])
+def test_distributions_need_a_mask(name: str) -> None:
+    """At p = 1 no store has the teacher's distribution; the message names no option that they do not read."""
+    with pytest.raises(ConfigError, match=rf"^--algo\.distill\.name {name} .* top_p below 1") as caught:
+        resolve_algorithm(name).needs_of(DistillConfig(name=name, preset="paper", top_p=1.0))
     assert "linear_term" not in str(caught.value)
 
 
 def test_needs() -> None:
     """What a run prepares: gold or teacher rollouts, sets, log-probabilities, the constant."""
-    needs = {name: resolve_algorithm(name).needs_of(DistillConfig()) for name in ("sft", "seqkd", "kd", "bd")}
+    needs = {name: resolve_algorithm(name).needs_of(DistillConfig(name=name)) for name in BUILT_IN}
+    distribution = Needs("teacher", candidate_sets=True, candidate_logprobs=True)
+    optional, required = (replace(distribution, student_rollouts=kind) for kind in ("optional", "required"))
     assert needs == {
         "sft": Needs("gold"),
         "seqkd": Needs("teacher"),
-        "kd": Needs("teacher", candidate_sets=True, candidate_logprobs=True),
-        "bd": Needs("teacher", candidate_sets=True, candidate_logprobs=True, shift_constant=True),
+        "kd": optional,
+        "bd": replace(optional, shift_constant=True),
+        "gkd": optional,
+        "rkl": required,
+        "minillm": required,
     }
     paper = DistillConfig(preset="paper")
     assert resolve_algorithm("bd").needs_of(paper) == replace(
         needs["bd"], candidate_logprobs=False, shift_constant=False
     )
     assert resolve_algorithm("bd")(paper, [0]).needs == resolve_algorithm("bd").needs_of(paper)
+    assert resolve_algorithm("bd").needs_of(DistillConfig(preset="released")).student_rollouts == "never"
+
+
+def test_bd_needs_log_probabilities_for_targets_at_the_students_states() -> None:
+    """Where the student samples and the target is white-box; not for the teacher's rows alone, and not offline."""
+    sampled = {"linear_term": "sampled", "q_shift": "max"}
+    for values, expected in (
+        ({}, False),
+        ({"mode": "online"}, True),
+        ({"mode": "offline_then_online", "rollout": "student"}, True),
+        ({"mode": "online", "student_target": "none"}, False),
+        ({"mode": "online", "rollout": "teacher"}, False),
+        ({"mode": "online", "student_fraction": 0.0}, False),
+    ):
+        options = DistillConfig.model_validate({**sampled, **values})
+        assert resolve_algorithm("bd").needs_of(options).candidate_logprobs == expected
+    without_mask = DistillConfig.model_validate({**sampled, "mode": "online", "top_p": 1.0})
+    with pytest.raises(ConfigError, match=r"student_target forward with .*top_p 1 .*student_target none"):
+        resolve_algorithm("bd").needs_of(without_mask)
+
+
+# A value of each option that no preset has.
+OTHER_VALUES = {
+    "objective": "released", "top_p": 0.5, "include_eos": False, "alpha": 7.0, "gamma": 0.5, "tau": 2.0,
+    "q_shift": "max", "q_min": -3.0, "linear_term": "sampled", "out_of_set": "zero", "regulariser": "js",
+    "terminal": "absorbing", "truncated": "drop", "next_value_gradient": "stop", "target_decay": 0.5,
+    "td_warmup_steps": 3,
+    "reduction": "sequence", "tail_coef": 0.5, "tail_estimator": "sampled", "tail_samples": 5, "tail_tolerance": 0.1,
+    "student_target": "reverse", "student_tail": False, "student_td": False, "student_out_of_set": "penalise",
+    "jsd_beta": 0.1, "divergence_support": "set", "importance": "sequence", "importance_clip": 3.0,
+    "length_normalisation": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_options_that_are_not_read_are_refused(name: str) -> None:
+    """Each objective option, one by one: read, or refused by its flag and the algorithm's name."""
+    assert set(OTHER_VALUES) == set(OBJECTIVE_OPTIONS)
+    algorithm = resolve_algorithm(name)
+    assert algorithm.reads is not None
+    assert algorithm.reads <= set(OBJECTIVE_OPTIONS)
+    for option, value in OTHER_VALUES.items():
+        options = DistillConfig.model_validate({"name": name, option: value})
+        if option in algorithm.reads:
+            algorithm.refuse_unread(options)
+        else:
+            with pytest.raises(ConfigError) as caught:
+                algorithm.needs_of(options)
+            assert str(caught.value).startswith(f"--algo.distill.name {name} does not read --algo.distill.{option} ")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_ask_for_nothing_that_is_not_read(name: str, preset: str) -> None:
+    """A preset is a set of defaults; given in full, as a printed configuration has them, they are no wishes either."""
+    options = DistillConfig.model_validate({"name": name, "preset": preset})
+    resolve_algorithm(name).needs_of(options)
+    resolve_algorithm(name).needs_of(DistillConfig.model_validate(options.model_dump()))
 
 
 def test_bd_refuses_what_cannot_work() -> None:

@@ -69,10 +69,18 @@ def install(folder: Path, package: str, entry_points: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "class_name"),
-    [("bd", "BellmanDistill"), ("kd", "WordDistill"), ("sft", "SupervisedFineTuning"), ("seqkd", "SequenceDistill")],
+    [
+        ("bd", "BellmanDistill"),
+        ("gkd", "GeneralisedDistill"),
+        ("kd", "WordDistill"),
+        ("minillm", "MiniLLM"),
+        ("rkl", "ReverseDistill"),
+        ("seqkd", "SequenceDistill"),
+        ("sft", "SupervisedFineTuning"),
+    ],
 )
 def test_built_in_names(name: str, class_name: str) -> None:
-    """bd, kd, sft and seqkd resolve in a process that imported nothing else."""
+    """Each built-in name resolves to its class."""
     assert resolve_algorithm(name).__name__ == class_name
 
 
@@ -101,7 +109,7 @@ def test_unknown_name_names_the_nearest() -> None:
     """A typo is answered with the name that was meant."""
     with pytest.raises(ConfigError, match='did you mean "seqkd"') as caught:
         resolve_algorithm("seq_kd")
-    assert "bd, kd, seqkd, sft" in str(caught.value)
+    assert "bd, gkd, kd, minillm, rkl, seqkd, sft" in str(caught.value)
 
 
 def test_entry_point_of_an_installed_package(plugin: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from openrlhf_bd.functional.candidates import CandidateSets, top_p_candidates
-from openrlhf_bd.functional.trajectories import Trajectories
-from openrlhf_bd.records import RecordedSets, Rollout
+from openrlhf_bd.functional.trajectories import Trajectories, num_states
+from openrlhf_bd.records import Origin, RecordedSets, Rollout
 
 STOP_ID = 0
 
@@ -86,6 +86,43 @@ def build_batch(
         Trajectories.from_rollouts(rollouts),
         rollouts,
     )
+
+
+def select_rows(batch: Batch, rows: list[int]) -> Batch:
+    """The micro-batch of some rows of a batch, in the order given; counts stay those of the whole."""
+    row_S = batch.trajectories.row_S.tolist()
+    states = [s for row in rows for s in range(len(row_S)) if row_S[s] == row]
+    offsets, sizes = batch.sets.offsets_S1.tolist(), batch.sets.sizes_S[states]
+    candidates = torch.tensor([m for s in states for m in range(offsets[s], offsets[s + 1])])
+    assert batch.sets.logprobs_M is not None
+    sets = CandidateSets(
+        batch.sets.ids_M[candidates],
+        torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        batch.sets.neg_log_mass_S[states],
+        batch.sets.logprobs_M[candidates],
+    )
+    rollouts = [batch.rollouts[row] for row in rows]
+    trajectories = Trajectories.from_rollouts(rollouts)
+    return replace(batch, logits_SV=batch.logits_SV[states], sets=sets, trajectories=trajectories, rollouts=rollouts)
+
+
+def as_online(batch: Batch, student_rows: Sequence[int], *, seed: int = 0) -> Batch:
+    """The same rows as an online run's: some sampled by the student, under logits near those that it has now."""
+    rng = np.random.default_rng(seed)
+    log_teacher_SV = torch.log_softmax(batch.teacher_SV, dim=1).numpy()
+    near_SV = batch.logits_SV + torch.from_numpy(rng.normal(size=batch.logits_SV.shape)) / 4
+    log_near_SV = torch.log_softmax(near_SV, dim=1).numpy()
+    rollouts, start = [], 0
+    for index, rollout in enumerate(batch.rollouts):
+        tokens = rollout.response_ids
+        states = range(start, start + len(tokens))
+        start += num_states(rollout)
+        origin = Origin(step=1, source="teacher")
+        if index in student_rows:
+            origin = Origin(1, "student", 0, log_near_SV[states, tokens].astype(np.float32))
+        logprobs_T = log_teacher_SV[states, tokens].astype(np.float32)
+        rollouts.append(replace(rollout, logprobs_T=logprobs_T, origin=origin))
+    return replace(batch, rollouts=rollouts, trajectories=Trajectories.from_rollouts(rollouts))
 
 
 @pytest.fixture

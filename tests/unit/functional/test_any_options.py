@@ -18,7 +18,7 @@ from openrlhf_bd.functional.head import DenseHead
 from openrlhf_bd.functional.metrics import mean_metrics
 from openrlhf_bd.functional.options import validate_options
 from openrlhf_bd.functional.sparse_head import SparseHead
-from tests.unit.functional.conftest import Batch, build_batch
+from tests.unit.functional.conftest import Batch, as_online, build_batch
 
 INF = float("inf")
 
@@ -42,6 +42,10 @@ eq17_options = st.fixed_dictionaries(
         "tail_tolerance": st.sampled_from([0.0, 0.05]),
         "top_p": st.sampled_from([0.3, 0.8, 0.99, 1.0]),
         "include_eos": st.booleans(),
+        "student_target": st.sampled_from(["none", "forward", "reverse"]),
+        "student_tail": st.booleans(),
+        "student_td": st.booleans(),
+        "student_out_of_set": st.sampled_from(["drop", "penalise"]),
     }
 )
 released_options = st.fixed_dictionaries(
@@ -110,6 +114,7 @@ def compute(batch: Batch, chosen: DistillConfig, dtype: torch.dtype) -> tuple[Te
     impossible=st.booleans(),
     vocab_size=st.integers(3, 14),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    student_rows=st.sets(st.integers(0, 3)),
     seed=st.integers(0, 10**6),
 )
 def test_accepted_options_give_numbers(
@@ -119,6 +124,7 @@ def test_accepted_options_give_numbers(
     impossible: bool,
     vocab_size: int,
     dtype: torch.dtype,
+    student_rows: set[int],
     seed: int,
 ) -> None:
     """Impossible tokens, one-token responses, rows all out of set: loss and gradient stay finite, no metric is NaN."""
@@ -131,6 +137,8 @@ def test_accepted_options_give_numbers(
         always_include=[0] if chosen.include_eos else [],
         spread=4.0,
     )
+    if chosen.objective == "eq17" and (chosen.top_p < 1 or chosen.student_target == "none"):
+        batch = as_online(batch, sorted(student_rows), seed=seed)
     loss, grad_SV, metrics = compute(
         hard_batch(batch, out_of_set_row=out_of_set_row, impossible=impossible), chosen, dtype
     )
@@ -138,4 +146,4 @@ def test_accepted_options_give_numbers(
     assert torch.isfinite(grad_SV).all()
     for name, value in metrics.items():
         # A taken token that the student rules out has no finite likelihood: that one is reported as it is.
-        assert math.isfinite(value) or (name == "nll" and value == INF)
+        assert math.isfinite(value) or (name in ("nll", "student/log_ratio") and abs(value) == INF)

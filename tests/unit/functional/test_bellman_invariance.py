@@ -20,6 +20,7 @@ from openrlhf_bd.functional.head import DenseHead
 from openrlhf_bd.functional.metrics import mean_metrics, merge_metrics
 from openrlhf_bd.functional.sparse_head import SparseHead
 from openrlhf_bd.functional.trajectories import Trajectories
+from tests.unit.functional.conftest import select_rows
 
 INF = float("inf")
 ROWS = [(4, "stop"), (3, "length"), (1, "stop"), (6, "length"), (2, "stop")]
@@ -81,23 +82,6 @@ def test_constant_shift_keeps_differences_between_states(make_batch: Callable) -
     torch.testing.assert_close(common, loss, rtol=1e-12, atol=0)
     level_S1 = torch.linspace(0, 1, len(batch.logits_SV), dtype=torch.float64)[:, None]
     assert abs(terms_of(batch, chosen, batch.logits_SV + level_S1).loss - loss) > 1e-3
-
-
-def select_rows(batch: Any, rows: list[int]) -> Any:
-    """The micro-batch of some rows of a batch, in the order given; counts stay those of the whole."""
-    row_S = batch.trajectories.row_S.tolist()
-    states = [s for row in rows for s in range(len(row_S)) if row_S[s] == row]
-    offsets, sizes = batch.sets.offsets_S1.tolist(), batch.sets.sizes_S[states]
-    candidates = torch.tensor([m for s in states for m in range(offsets[s], offsets[s + 1])])
-    sets = CandidateSets(
-        batch.sets.ids_M[candidates],
-        torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
-        batch.sets.neg_log_mass_S[states],
-        batch.sets.logprobs_M[candidates],
-    )
-    rollouts = [batch.rollouts[row] for row in rows]
-    trajectories = Trajectories.from_rollouts(rollouts)
-    return replace(batch, logits_SV=batch.logits_SV[states], sets=sets, trajectories=trajectories, rollouts=rollouts)
 
 
 @pytest.mark.parametrize("chosen", PRESETS)

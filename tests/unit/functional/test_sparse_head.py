@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from openrlhf_bd.algorithms import StepContext, resolve_algorithm
 from openrlhf_bd.config import DistillConfig
 from openrlhf_bd.functional import tiles
 from openrlhf_bd.functional.bellman import bellman_loss
@@ -20,7 +21,7 @@ from openrlhf_bd.functional.head import DenseHead, StudentHead
 from openrlhf_bd.functional.metrics import mean_metrics
 from openrlhf_bd.functional.segments import segment_logsumexp
 from openrlhf_bd.functional.sparse_head import SparseHead
-from openrlhf_bd.functional.trajectories import Trajectories
+from openrlhf_bd.functional.trajectories import Behaviour, Trajectories
 
 S, H, V = 11, 6, 37
 
@@ -485,7 +486,7 @@ class Allocations(TorchDispatchMode):
         return sum(shape.numel() for name, shape in self._shapes if "mm" in name)
 
 
-@pytest.mark.parametrize("values", OBJECTIVES)
+@pytest.mark.parametrize("values", [*OBJECTIVES, {"name": "gkd"}, {"name": "rkl"}, {"name": "minillm"}])
 def test_no_tensor_of_states_times_vocabulary_exists(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of the loss with metrics, and of a cross-entropy, make no tensor beyond [V, H] or a tile."""
     monkeypatch.setattr(tiles, "CPU_TILE_ELEMENTS", 2000)
@@ -496,14 +497,16 @@ def test_no_tensor_of_states_times_vocabulary_exists(values: dict[str, Any], mon
     teacher_SV = 6 * torch.randn(num_states, vocab_size, generator=generator)
     sets = top_p_candidates(teacher_SV, top_p=options.top_p)
     taken_S, number_S = teacher_SV.argmax(1), torch.arange(num_states)
-    steps = Trajectories(taken_S, torch.where(number_S < num_states - 1, number_S + 1, -1), number_S < 0, number_S * 0)
+    behaviour = Behaviour(number_S >= 0, torch.full((num_states,), -1.0), torch.full((num_states,), -1.0))
+    next_S = torch.where(number_S < num_states - 1, number_S + 1, -1)
+    steps = Trajectories(taken_S, next_S, number_S < 0, number_S * 0, behaviour if options.name != "bd" else None)
     hidden_SH = torch.randn(num_states, hidden_size, generator=generator).requires_grad_()
     weight_VH = torch.randn(vocab_size, hidden_size, generator=generator).requires_grad_()
     with Allocations() as seen:
         head = SparseHead(hidden_SH, weight_VH)
-        terms = bellman_loss(head, sets, steps, options, num_tokens=1.0, num_rows=1.0, shift_constant=1.5, stop_ids=[0])
+        output = resolve_algorithm(options.name)(options, [0], 1.5).loss(head, sets, steps, StepContext(1.0, 1.0))
         loss, _ = token_cross_entropy(head, taken_S, torch.ones(num_states), denominator=1.0)
-        (terms.loss + loss).backward()
+        (output.loss + loss).backward()
     assert weight_VH.grad is not None
     # Beyond the weight: gathered rows of the candidates, and the two tiles.
     allowed = max(vocab_size * hidden_size, sets.num_candidates * hidden_size, 2 * 2000)

@@ -14,7 +14,7 @@ from openrlhf_bd.functional.values import (
     action_values,
     negative_log_policy_expected,
     projected_log_policy,
-    projected_teacher,
+    projected_log_teacher,
     soft_value,
     taken_candidate,
     transitions,
@@ -31,6 +31,10 @@ SETS = CandidateSets(
     torch.log(torch.tensor([0.6, 0.2, 0.5, 0.5], dtype=torch.float64)),
 )
 Q = torch.tensor([0.0, LOG3, LOG2, LOG2], dtype=torch.float64)
+
+
+def log_teacher(sets: CandidateSets) -> torch.Tensor:
+    return projected_log_teacher(sets, dtype=torch.float64, wanted_by="--linear")
 
 
 def trajectories(taken: list[int], *, stopped: bool = True) -> Trajectories:
@@ -52,7 +56,7 @@ def values_of(q_M: torch.Tensor, taken_S: torch.Tensor) -> ActionValues:
     """Values of given Q over SETS."""
     position_S = taken_candidate(SETS, taken_S)
     q_taken_S = torch.where(position_S >= 0, q_M[position_S.clamp(min=0)], 0.0)
-    return ActionValues(q_M, q_M < q_M, soft_value(q_M, SETS.state_M, 2), q_taken_S, position_S >= 0)
+    return ActionValues(q_M, q_M < q_M, soft_value(q_M, SETS.state_M, 2), q_taken_S, position_S >= 0, position_S < -1)
 
 
 def shifted(chosen: BellmanOptions, z_SV: torch.Tensor, *, shift_constant: float | None = None) -> ActionValues:
@@ -81,21 +85,21 @@ def test_soft_value_and_projected_policy() -> None:
 
 def test_projected_teacher_is_renormalised() -> None:
     """.6 and .2 become 3/4 and 1/4."""
-    assert projected_teacher(SETS, dtype=torch.float64).tolist() == pytest.approx([0.75, 0.25, 0.5, 0.5])
+    assert log_teacher(SETS).exp().tolist() == pytest.approx([0.75, 0.25, 0.5, 0.5])
 
 
 def test_expected_linear_term() -> None:
     """State 0: .8 [3/4 log 4 + 1/4 log(4/3)]; state 1: log 2."""
     value = soft_value(Q, SETS.state_M, 2)
     expected = [0.8 * (0.75 * math.log(4) + 0.25 * math.log(4 / 3)), LOG2]
-    assert negative_log_policy_expected(Q, value, SETS).tolist() == pytest.approx(expected)
+    assert negative_log_policy_expected(Q, value, SETS, log_teacher(SETS)).tolist() == pytest.approx(expected)
 
 
 def test_expected_needs_logprobs() -> None:
     """Sets without log-probabilities are refused, with the flag to set."""
     bare = CandidateSets(SETS.ids_M, SETS.offsets_S1, SETS.neg_log_mass_S, None)
-    with pytest.raises(ConfigError, match=r"--teacher\.record_logprobs"):
-        projected_teacher(bare, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"which --linear needs; .*--teacher\.record_logprobs"):
+        log_teacher(bare)
 
 
 def test_taken_candidate() -> None:

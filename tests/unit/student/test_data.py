@@ -12,7 +12,7 @@ from openrlhf_bd.config import Config, DistillConfig
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreWriter
-from openrlhf_bd.student.data import SetCut, StudentData, plan_cut
+from openrlhf_bd.student.data import RowStores, SetCut, StudentData, plan_cut
 
 NEEDS = Needs(rollouts="teacher", candidate_sets=True, candidate_logprobs=True)
 STOP = 1
@@ -108,7 +108,7 @@ def open_data(
     values: dict[str, Any] = {"context_length": 64, "vocab_size": 16, "pretrain_path": None}
     return StudentData(
         config or config_of(),
-        store_path=str(store),
+        stores=RowStores(str(store)),
         needs=NEEDS,
         stop_ids=[STOP],
         rank=rank,
@@ -188,6 +188,20 @@ def test_set_without_a_promised_id_is_refused(tmp_path: Path) -> None:
     distill = DistillConfig(top_p=0.5)
     with pytest.raises(DataError, match=r"^row p3:0: the candidate set of response token 1 lacks id 1"):
         open_data(tmp_path / "store", config=config_of(distill=distill.model_dump())).step(1)
+
+
+def test_cut_sets_keep_the_ids_that_were_known(tmp_path: Path) -> None:
+    """Sets of a server's K tokens may lack a stop token; a run at a smaller p keeps it where it is there."""
+    rows = [rollout(row) for row in range(4)]
+    sets = rows[3].sets
+    assert sets is not None
+    rows[3] = replace(rows[3], sets=replace(sets, ids_M=np.array([5, STOP, 5, 7], np.int32)))
+    with StoreWriter(tmp_path / "store", manifest(top_p=0.99, max_candidates=2)) as writer:
+        writer.append(rows)
+    config = config_of(distill={"top_p": 0.5, "include_eos": True}, train={"micro_batch_size": 4})
+    batch = open_data(tmp_path / "store", config=config).step(1).micro_batches[0]
+    assert batch.sets is not None
+    assert sorted(batch.sets.ids_M.tolist()) == [STOP] * 7 + [5] * 8
 
 
 def test_rows_and_text_share_packed_micro_batches(store: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from openrlhf_bd.config import DistillConfig
 from openrlhf_bd.data.micro_batches import MicroBatch, collate
 from openrlhf_bd.functional.candidates import CandidateSets, top_p_candidates
 from openrlhf_bd.functional.head import DenseHead, StudentHead
-from openrlhf_bd.records import RecordedSets, Rollout
+from openrlhf_bd.records import Origin, RecordedSets, Rollout
 from openrlhf_bd.student.attention import PER_ROW_SDPA
 from openrlhf_bd.student.loss import MicroBatchLoss, _narrow_trajectories, rollout_tokens, text_tokens
 from openrlhf_bd.student.model import StudentModel
@@ -131,6 +131,27 @@ class TestBlame:
         head = DenseHead(torch.randn(14, VOCAB, generator=torch.Generator().manual_seed(1)))
         singles = [own_loss(own)[0] for own_loss, own in loss._single_items(head)]
         assert sum(singles).item() == pytest.approx(loss(head)[0].item())
+
+    def test_rows_of_an_online_run(self) -> None:
+        """Who sampled a row goes with it: minillm's losses of single rows add up, and it blames as others do."""
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            replace(
+                rollout(name, 2, length, generator),
+                logprobs_T=np.full(length, -1.0, np.float32),
+                origin=Origin(1, "student", 0, np.linspace(-2.0, -1.0, length, dtype=np.float32)),
+            )
+            for name, length in (("a", 3), ("b", 5))
+        ]
+        options = DistillConfig(name="minillm")
+        algorithm = resolve_algorithm("minillm")(options, [STOP])
+        batch = collate(rows, {}, layout="packed", with_sets=True)
+        loss = MicroBatchLoss(batch, algorithm, StepContext(num_tokens=8.0, num_rows=2.0), 0.0)
+        head = DenseHead(torch.randn(8, VOCAB, generator=generator))
+        singles = [own_loss(own)[0] for own_loss, own in loss._single_items(head)]
+        assert len(singles) == 2
+        assert sum(singles).item() == pytest.approx(loss(head)[0].item())
+        assert loss.items_not_finite(DenseHead(self.poisoned(4)[:8])).tolist() == [False, True]
 
     def test_whole_vocabulary_and_target_network(self) -> None:
         """p = 1 and a target network are narrowed to the row too."""
