@@ -1,4 +1,7 @@
-"""A vLLM engine that samples responses, as a plain class: an actor hosts it, or any process."""
+"""A vLLM engine that samples responses, as a plain class: an actor hosts it, or any process.
+
+Shapes: T response tokens, R requests.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openrlhf_bd.engines.arguments import arguments_for_model, engine_environment, stop_token_ids
+from openrlhf_bd.engines.loop import Progress, Request, Sampled, StepLoop
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.records import FinishReason
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, SamplingParams
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -28,10 +32,17 @@ class Completion:
     Attributes:
         token_ids: response tokens, the stop token included where it was produced.
         finish_reason: "stop" if the last token is a stop token, "length" if the response was cut.
+        logprobs_T: log-probability of each token under the distribution that it was sampled from (temperature and
+            nucleus of the sampler included), nats; None where the engine does not record it.
+        first_version: policy version under which sampling began; None where the weights have no version.
+        last_version: newest policy version that any of its tokens came from.
     """
 
     token_ids: NDArray[np.int32]
     finish_reason: FinishReason
+    logprobs_T: NDArray[np.float32] | None = None
+    first_version: int | None = None
+    last_version: int | None = None
 
 
 class GenerationEngine:
@@ -49,10 +60,14 @@ class GenerationEngine:
         for name, value in engine_environment(arguments["llm"]["model"]).items():
             os.environ.setdefault(name, value)
         self.arguments = dict(arguments)
+        self._loop = StepLoop()
         self._start()
 
     def ready(self) -> dict[str, Any]:
-        """What runs here: model, versions, start time (seconds), resident memory (bytes). Answers once it can work."""
+        """What runs here: model, versions, start time, memory and cache (seconds, bytes). Answers once it can work.
+
+        "kv_cache_bytes" is None on a GPU, where vLLM sizes the cache by itself.
+        """
         import psutil
         import torch
         import transformers
@@ -69,7 +84,12 @@ class GenerationEngine:
             },
             "start_s": self.start_s,
             "rss_bytes": psutil.Process().memory_info().rss,
+            "kv_cache_bytes": self.arguments["llm"].get("kv_cache_memory_bytes"),
         }
+
+    def progress(self) -> Progress:
+        """A sign of life, at once, also while the engine generates."""
+        return self._loop.progress()
 
     def load(self, model_path: str) -> None:
         """Switch to another model of any architecture that vLLM runs.
@@ -113,36 +133,45 @@ class GenerationEngine:
             self._sampling_params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
             for max_tokens, seed in zip(max_new_tokens, seeds, strict=True)
         ]
-        outputs = self._run(prompts, params)
-        return [self._completion(output.outputs[0].token_ids) for output in outputs]
+        return [self._completion(sampled.output.outputs[0].token_ids) for sampled in self._run(prompts, params)]
 
     def shutdown(self) -> None:
         """Give back the engine's memory. `load` starts it again."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        cleanup_dist_env_and_memory()
+        self._loop.stop(_close)
 
     def _start(self) -> None:
         started = time.monotonic()
-        from vllm import LLM
-
         llm_arguments = self.arguments["llm"]
         self.stop_token_ids = stop_token_ids(
             llm_arguments["model"], trust_remote_code=llm_arguments["trust_remote_code"]
         )
-        self.llm: LLM = LLM(**llm_arguments)
+        self.llm: LLM = self._loop.start(self._build)
         self.start_s = time.monotonic() - started
+
+    def _build(self) -> LLM:
+        """vLLM itself; on its own thread."""
+        from vllm import LLM
+
+        return LLM(**self.arguments["llm"])
+
+    def _rpc(self, method: str, *arguments: Any) -> list[Any]:
+        """What a method of the workers answers, between two steps."""
+        return self._loop.call(lambda: self.llm.collective_rpc(method, args=arguments))
 
     def _sampling_params(self, **options: Any) -> SamplingParams:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(n=1, detokenize=False, stop_token_ids=list(self.stop_token_ids), **options)
+        return SamplingParams(
+            n=1,
+            detokenize=False,
+            stop_token_ids=list(self.stop_token_ids),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **options,
+        )
 
-    def _run(self, prompts: Sequence[TokenIds], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        from vllm import TokensPrompt
-
+    def _run(self, prompts: Sequence[TokenIds], params: Sequence[SamplingParams]) -> list[Sampled]:
         limit = self.arguments["llm"]["max_model_len"]
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             num_prompt, num_new = len(prompt), param.max_tokens or 0
@@ -151,9 +180,17 @@ class GenerationEngine:
                     f"request {index}: found {num_prompt} prompt tokens and {num_new} to sample, expected at least one "
                     f"of each and at most {limit} in all (max_model_len of the engine)"
                 )
-        requests = [TokensPrompt(prompt_token_ids=[int(token) for token in prompt]) for prompt in prompts]
-        return self.llm.generate(requests, list(params), use_tqdm=False)
+        requests = zip(prompts, params, strict=True)
+        return self._loop.run(Request([int(token) for token in prompt], param) for prompt, param in requests)
 
     def _completion(self, token_ids: Sequence[int]) -> Completion:
         stopped = token_ids[-1] in self.stop_token_ids
         return Completion(np.asarray(token_ids, dtype=np.int32), "stop" if stopped else "length")
+
+
+def _close(llm: LLM) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()

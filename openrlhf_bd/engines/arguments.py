@@ -14,15 +14,28 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from openrlhf_bd.errors import ConfigError
+
 Device = Literal["cpu", "cuda"]
 
+Transfer = Literal["gloo", "nccl", "ipc"]
+
 RECORDER_EXTENSION = "openrlhf_bd.teacher.recorder.CandidateRecorder"
+TRANSFER_EXTENSION = "openrlhf_bd.engines.gloo_transfer.GlooTransferExtension"
 
 # Enough for thousands of short sequences. Where it is not, vLLM preempts and recomputes: slower, never wrong.
 CPU_KV_CACHE_LIMIT_BYTES = 2**30
 # Tokens of one block of the cache: what its CPU attention likes, and small enough for samples to share a short prompt.
 CPU_BLOCK_TOKENS = 32
 CPU_BATCHED_TOKENS = 4096
+# Sizes of an attention head that vLLM's CPU attention has kernels for (CPUAttentionBackend.get_supported_head_sizes).
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+# Ranks for which vLLM has room for adapters, and adapters that requests of one step may have: the newest, and the one
+# before it while its requests finish.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LORA_SLOTS = 2
+FAMILIES_WITHOUT_LORA = ("gpt2",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,21 @@ class RecordOptions:
     top_p: float | None
     always_include: tuple[int, ...] = ()
     logprobs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """How an engine's weights change while it runs.
+
+    Attributes:
+        transfer: how they come from the student's ranks: nccl between GPUs, ipc within one, gloo between CPUs.
+        lora_rank: rank of the adapters that come instead of weights; 0: weights.
+        sleep: the engine can give its GPU's memory to a training step.
+    """
+
+    transfer: Transfer
+    lora_rank: int = 0
+    sleep: bool = False
 
 
 def default_device() -> Device:
@@ -58,9 +86,10 @@ def engine_arguments(
     enable_prefix_caching: bool = True,
     trust_remote_code: bool = False,
     record: RecordOptions | None = None,
+    update: UpdateOptions | None = None,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Arguments of one engine, for `GenerationEngine` or `TeacherEngine`.
+    """Arguments of one engine, for `GenerationEngine`, `TeacherEngine` or `RolloutEngine`.
 
     Args:
         model_path: folder or hub name of a Hugging Face model.
@@ -76,12 +105,14 @@ def engine_arguments(
         enable_prefix_caching: share the cache of common prefixes.
         trust_remote_code: run Python code that the model folder brings.
         record: what a teacher records; None for an engine that only samples.
+        update: how a student's weights change; None for an engine whose weights stay.
         device: where the engine runs; None: CUDA where this process sees it.
 
     Returns:
-        "llm": keyword arguments of `vllm.LLM`; "record": as given.
+        "llm": keyword arguments of `vllm.LLM`; "record" and "update": as given.
 
     Raises:
+        ConfigError: sleep without a GPU, or adapters of a family for which vLLM has none.
         OSError: the model's configuration cannot be read.
     """
     device = device or default_device()
@@ -112,7 +143,9 @@ def engine_arguments(
         if record is not None:
             # Logits rounded to 16 bits change the size of every tenth candidate set.
             llm["hf_overrides"] = {"head_dtype": "float32"}
-    return {"llm": llm, "record": record}
+    if update is not None:
+        llm |= _update_arguments(update, device, family=config.model_type)
+    return {"llm": llm, "record": record, "update": update}
 
 
 def arguments_for_model(arguments: Mapping[str, Any], model_path: str) -> dict[str, Any]:
@@ -175,6 +208,29 @@ def _text_config(model_path: str, *, trust_remote_code: bool) -> PretrainedConfi
 def _engine_length(config: PretrainedConfig, max_model_len: int) -> int:
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     return max_model_len + 1 if max_model_len + 1 <= positions else max_model_len
+
+
+def _update_arguments(update: UpdateOptions, device: Device, *, family: str) -> dict[str, Any]:
+    # Log-probabilities of the distribution that a token is drawn from: after temperature and nucleus.
+    arguments: dict[str, Any] = {"logprobs_mode": "processed_logprobs"}
+    if update.sleep and device == "cpu":
+        raise ConfigError(
+            "an engine that sleeps gives back GPU memory; on CPUs there is none to give: leave sleep mode away"
+        )
+    if update.sleep:
+        arguments["enable_sleep_mode"] = True
+    if update.lora_rank > 0 and family in FAMILIES_WITHOUT_LORA:
+        raise ConfigError(
+            f"--ds.lora.rank {update.lora_rank} with engines that sample from a {family}: vLLM has no adapters for "
+            "this family; train all weights (--ds.lora.rank 0), or offline"
+        )
+    if update.lora_rank > 0:
+        rank = next((size for size in LORA_RANKS if size >= update.lora_rank), update.lora_rank)
+        return arguments | {"enable_lora": True, "max_lora_rank": rank, "max_loras": LORA_SLOTS}
+    arguments["weight_transfer_config"] = {"backend": update.transfer}
+    if update.transfer == "gloo":
+        arguments["worker_extension_cls"] = TRANSFER_EXTENSION
+    return arguments
 
 
 def _cpu_arguments(llm: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:

@@ -14,19 +14,21 @@ import torch
 
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
+from openrlhf_bd.engines.arguments import Transfer
 from openrlhf_bd.student.average import EMA, TARGET, average_file, make_averages, save_averages
 from openrlhf_bd.student.checkpoints import newest_tag
-from openrlhf_bd.student.data import StudentData
+from openrlhf_bd.student.data import RowStores, StudentData
 from openrlhf_bd.student.export import save_hf
 from openrlhf_bd.student.flops import count_model, peak_tflops
 from openrlhf_bd.student.live_teacher import LiveTeacher, load_live_teacher
 from openrlhf_bd.student.loading import load_student
+from openrlhf_bd.student.lora import save_adapter
 from openrlhf_bd.student.model import context_length, vocabulary_size
 from openrlhf_bd.student.step import StudentStep, TrainedModel, Utilisation
 from openrlhf_bd.student.strategy import PARAM_DTYPES, BellmanStrategy, checkpoint_folder
+from openrlhf_bd.student.weights import WeightSender, trained_weights
 from openrlhf_bd.upstream import BaseModelActor
 
-SHIFT_BATCHES = 4
 OWN_STATE = "openrlhf_bd"
 ACTOR_FOLDER = "_actor"
 
@@ -47,7 +49,7 @@ class StudentRankImpl(BaseModelActor):
         strategy: BellmanStrategy,
         config: Config,
         *,
-        store_path: str,
+        stores: RowStores,
         pretrain_path: str | None,
         max_steps: int,
         stop_ids: Sequence[int],
@@ -57,7 +59,7 @@ class StudentRankImpl(BaseModelActor):
         Args:
             strategy: see strategy.make_strategy.
             config: options of the job.
-            store_path: complete store of rows.
+            stores: of the rows.
             pretrain_path: pre-training blocks, .npy [blocks, length], or None.
             max_steps: optimizer steps of the whole stage, for the learning rate schedule.
             stop_ids: tokens that end a response.
@@ -76,7 +78,7 @@ class StudentRankImpl(BaseModelActor):
         student = load_student(config, strategy)
         self._data = StudentData(
             config,
-            store_path=store_path,
+            stores=stores,
             pretrain_path=pretrain_path,
             needs=self._needs,
             stop_ids=stop_ids,
@@ -152,7 +154,7 @@ class StudentRankImpl(BaseModelActor):
             TrainingError: a loss or gradient is not finite; on all ranks, before any weight changes.
         """
         if self._needs.shift_constant and self._shift_constant is None:
-            self.estimate_shift(SHIFT_BATCHES)
+            self.estimate_shift(self._data.shift_steps)
         started = time.monotonic()
         batch = self._data.step(step)
         data_s = time.monotonic() - started
@@ -237,6 +239,62 @@ class StudentRankImpl(BaseModelActor):
         ema = self._averages.get(EMA)
         with ema.applied() if ema is not None else nullcontext():
             save_hf(self._student.engine, self.strategy, Path(path), self._config)
+
+    def join_weight_group(self, engines: Sequence[Any], *, transfer: Transfer, workers_per_engine: int) -> None:
+        """Form a group with engines that sample from the student; it takes the place of an earlier one.
+
+        Args:
+            engines: actor handles of `RolloutEngine`.
+            transfer: how weights travel.
+            workers_per_engine: of vLLM.
+
+        Raises:
+            ConfigError: an engine hosts another architecture.
+            ClusterError: the group did not come together in time.
+        """
+        self._weight_sender = WeightSender(
+            self._student.engine,
+            self.strategy,
+            engines,
+            transfer=transfer,
+            address=self._get_current_node_ip(),
+            workers_per_engine=workers_per_engine,
+            timeout_s=self._config.cluster.sync_timeout_s,
+        )
+
+    def send_weights(self, *, average: bool = False) -> dict[str, float]:
+        """Send the student to the engines of the group.
+
+        Args:
+            average: its running average (--train.enable_ema) instead.
+
+        Returns:
+            Seconds and bytes, see `WeightSender.send`.
+
+        Raises:
+            ClusterError: an engine did not get or load the weights; on rank 0.
+        """
+        with self._averages[EMA].applied() if average else nullcontext():
+            return self._weight_sender.send()
+
+    def save_adapter(self, path: str, *, average: bool = False) -> int:
+        """Save the adapters alone as peft does, for engines that hold the frozen model (--ds.lora.rank).
+
+        Args:
+            path: folder to make.
+            average: their running average (--train.enable_ema) instead.
+
+        Returns:
+            Bytes of the adapters; 0 on other ranks than 0.
+
+        Raises:
+            OSError: it cannot be written; on all ranks.
+        """
+        engine = self._student.engine
+        with self._averages[EMA].applied() if average else nullcontext():
+            weights = trained_weights(engine)
+        self.strategy.on_rank_0(lambda: save_adapter(engine.module.model, weights, self._config, Path(path)))
+        return sum(tensor.nbytes for tensor in weights.values())
 
 
 # Options that RayActorGroup gives each actor are added to these.

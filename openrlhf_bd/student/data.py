@@ -5,8 +5,10 @@ Every rank knows the lengths of all rows, so it can tell by itself who computes 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +17,16 @@ from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config, DistillConfig
 from openrlhf_bd.data.assignment import Assignment, Balance, MicroBatchLimit, assign, balance_of
 from openrlhf_bd.data.micro_batches import MicroBatch, collate
-from openrlhf_bd.data.order import BlockOrder, RowOrder
+from openrlhf_bd.data.order import BlockOrder, RecordedOrder, RowOrder
 from openrlhf_bd.data.row_checks import check_always_included, check_sets_belong, check_vocabulary
-from openrlhf_bd.errors import ConfigError, DataError
+from openrlhf_bd.errors import ClusterError, ConfigError, DataError
 from openrlhf_bd.functional.candidates import restrict_top_p
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader
+
+# Steps over whose rows the constant shift of Q is a mean.
+SHIFT_STEPS = 4
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,17 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class SetCut:
-    """How recorded candidate sets become those of this run; None for both: as recorded."""
+    """How recorded candidate sets become those of this run.
+
+    Attributes:
+        top_p: p.
+        always_include: ids that stay in the sets.
+        require_always: each of them is in every set; of sets that a server told of, where it was known.
+    """
 
     top_p: float
     always_include: tuple[int, ...]
+    require_always: bool = True
 
 
 def plan_cut(
@@ -107,7 +120,7 @@ def plan_cut(
             f"{list(manifest.always_include)}; only with the candidates' log-probabilities, which were not recorded "
             "(--teacher.record_logprobs), can it be cut to other options"
         )
-    return SetCut(options.top_p, always_include)
+    return SetCut(options.top_p, always_include, require_always=manifest.max_candidates is None)
 
 
 def _require_no_mask(options: DistillConfig, *, store: str) -> None:
@@ -119,12 +132,130 @@ def _require_no_mask(options: DistillConfig, *, store: str) -> None:
         )
 
 
+class RowSource:
+    """The rows of one store, as the steps of a run read them.
+
+    Args:
+        path: of the store. One that an online run is still filling grows while it is read.
+        config: options of the job.
+        needs: what the algorithm reads of a row.
+        stop_ids: tokens that end a response.
+        context_length: longest row that the student can read, tokens.
+        online: the store is that of this online run, which fills it while the student trains.
+
+    Raises:
+        ConfigError: the store does not fit the options.
+        DataError: a row is longer than the student's context.
+        StoreError: the store is damaged, or unfinished and not this run's own.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        config: Config,
+        *,
+        needs: Needs,
+        stop_ids: Sequence[int],
+        context_length: int,
+        online: bool = False,
+    ) -> None:
+        self.reader = StoreReader(path, require_complete=not online)
+        self.cut = plan_cut(self.reader.manifest, needs, config.algo.distill, stop_ids, store=path)
+        self._path, self._context_length = path, context_length
+        self._timeout_s = config.cluster.step_timeout_s
+        self._order: RowOrder | RecordedOrder | None = None
+        if not online:
+            self._order = row_order(self.reader, config, path=path)
+            require_fit(self.lengths(slice(None)), context_length, path)
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether any of the rows may come in any step."""
+        return isinstance(self._order, RowOrder)
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """Numbers of a step's rows; in a growing store it waits for them.
+
+        Raises:
+            DataError: a new row is longer than the student's context.
+            ClusterError: rows that were sealed do not appear.
+        """
+        if self._order is not None:
+            return self._order.rows(step)
+        rows = self._rows_made_for(step)
+        require_fit(self.lengths(rows), self._context_length, self._path)
+        return rows
+
+    def lengths(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Prompt and response tokens of rows."""
+        return self.reader.prompt_lengths[rows].astype(np.int64) + self.reader.response_lengths[rows]
+
+    def _rows_made_for(self, step: int) -> NDArray[np.int64]:
+        # A step's rows are one shard: they appear together. On a shared file system that may take a moment.
+        deadline = time.monotonic() + self._timeout_s
+        while not len(rows := np.flatnonzero(self.reader.steps == step)):
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{self._path}: the rows of step {step} were sealed, and this rank has not seen them within "
+                    f"{self._timeout_s:.0f} s; expected a folder that all nodes share (--ckpt.output_dir)"
+                )
+            self.reader.refresh()
+            if self.reader.steps.max(initial=0) < step:
+                time.sleep(_POLL_S)
+        return rows
+
+
+def row_order(reader: StoreReader, config: Config, *, path: str) -> RowOrder | RecordedOrder:
+    """The order of a finished store's rows.
+
+    Raises:
+        ConfigError: the rows have no order of their own, but --train.row_order asks for it.
+    """
+    train = config.train
+    if train.row_order == "shuffled":
+        return RowOrder(len(reader), train.batch_size, train.seed)
+    if not reader.manifest.online:
+        raise ConfigError(
+            f"--train.row_order recorded: {path} was not made by an online run, so its rows name no steps; use "
+            "--train.row_order shuffled"
+        )
+    return RecordedOrder(reader.steps, int(reader.steps.min()))
+
+
+def require_fit(lengths: NDArray[np.integer], context_length: int, path: str) -> None:
+    """Refuse rows that the student cannot read.
+
+    Raises:
+        DataError: one is longer than the context.
+    """
+    if lengths.max(initial=0) > context_length:
+        raise DataError(
+            f"{path}: the longest row has {lengths.max()} tokens, more than the student's context of "
+            f"{context_length}; lower --data.max_len and generate the data again"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowStores:
+    """Where a training stage finds its rows.
+
+    Attributes:
+        finished: complete store, or None.
+        online: store that is filled while the student trains, or None.
+        offline_steps: optimizer steps that read the finished store, where there are both.
+    """
+
+    finished: str | None
+    online: str | None = None
+    offline_steps: int = 0
+
+
 class StudentData:
     """Rows and pre-training blocks of a training stage, as one rank reads them.
 
     Args:
         config: options of the job.
-        store_path: complete store of rows.
+        stores: of the rows.
         pretrain_path: pre-training blocks, .npy [blocks, length], or None.
         needs: what the algorithm reads of a row.
         stop_ids: tokens that end a response.
@@ -134,16 +265,16 @@ class StudentData:
         vocab_size: logits of the student.
 
     Raises:
-        ConfigError: the store does not fit the options.
+        ConfigError: a store does not fit the options.
         DataError: a row or block is longer than the student's context.
-        StoreError: the store is damaged or unfinished.
+        StoreError: a store is damaged or unfinished.
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        store_path: str,
+        stores: RowStores,
         pretrain_path: str | None,
         needs: Needs,
         stop_ids: Sequence[int],
@@ -153,33 +284,41 @@ class StudentData:
         vocab_size: int,
     ) -> None:
         train = config.train
-        self._reader = StoreReader(store_path)
         self._needs, self._rank, self._num_ranks, self._vocab_size = needs, rank, num_ranks, vocab_size
-        self._cut = plan_cut(self._reader.manifest, needs, config.algo.distill, stop_ids, store=store_path)
-        self._lengths = self._reader.prompt_lengths.astype(np.int64) + self._reader.response_lengths
-        self._order = RowOrder(len(self._reader), train.batch_size, train.seed)
+        source = partial(RowSource, config=config, needs=needs, stop_ids=stop_ids, context_length=context_length)
+        self._finished = None if stores.finished is None else source(stores.finished)
+        self._online = None
+        if stores.online is not None:
+            self._online = source(stores.online, online=True)
+        self._offline_steps = stores.offline_steps
         self._limit = MicroBatchLimit(
             rows=None if train.dynamic_batch_enable else train.micro_batch_size,
             tokens=train.max_tokens_per_gpu if train.dynamic_batch_enable else None,
             layout="packed" if config.ds.packing_samples else "padded",
         )
-        self._require_fit(self._lengths, context_length, store_path)
         self._block_order: BlockOrder | None = None
         self._blocks: NDArray[np.integer] = np.empty((0, 1), np.int32)
         if pretrain_path is not None and config.algo.distill.pretrain_coef > 0:
             self._blocks = np.load(pretrain_path, mmap_mode="r", allow_pickle=False)
-            self._require_fit(np.array([self._blocks.shape[1]]), context_length, pretrain_path)
+            require_fit(np.array([self._blocks.shape[1]]), context_length, pretrain_path)
             batch_size = train.pretrain_batch_size or train.batch_size
             self._block_order = BlockOrder(len(self._blocks), batch_size, train.seed)
         self._block_length = self._blocks.shape[1]
 
-    @staticmethod
-    def _require_fit(lengths: NDArray[np.integer], context_length: int, path: str) -> None:
-        if lengths.max() > context_length:
-            raise DataError(
-                f"{path}: the longest row has {lengths.max()} tokens, more than the student's context of "
-                f"{context_length}; lower --data.max_len and generate the data again"
-            )
+    @property
+    def shift_steps(self) -> int:
+        """Steps whose rows give the constant shift of Q: of rows that name their steps the first step alone.
+
+        An online run has no more at its start, and an offline run over its rows must find the same constant.
+        """
+        first = self.source(1)
+        return SHIFT_STEPS if first.is_shuffled else 1
+
+    def source(self, step: int) -> RowSource:
+        """The store that a step reads."""
+        found = self._finished if self._online is None or step <= self._offline_steps else self._online
+        assert found is not None
+        return found
 
     def step(self, step: int) -> StepBatch:
         """This rank's share of a step, counted from 1.
@@ -188,14 +327,15 @@ class StudentData:
             DataError: a row does not fit the student or the algorithm.
             StoreError: a row is damaged.
         """
-        rows, blocks = self._order.rows(step), self._blocks_of(step)
-        lengths = np.concatenate([self._lengths[rows], np.full(len(blocks), self._block_length)])
+        source = self.source(step)
+        rows, blocks = source.rows(step), self._blocks_of(step)
+        lengths = np.concatenate([source.lengths(rows), np.full(len(blocks), self._block_length)])
         ranks = assign(lengths, num_ranks=self._num_ranks, limit=self._limit, num_rows=len(rows))
         return StepBatch(
-            micro_batches=self._micro_batches(ranks[self._rank], rows, blocks),
+            micro_batches=self._micro_batches(source, ranks[self._rank], rows, blocks),
             num_rows=len(rows),
-            num_tokens=int(self._reader.response_lengths[rows].sum()),
-            num_prompt_tokens=int(self._reader.prompt_lengths[rows].sum()),
+            num_tokens=int(source.reader.response_lengths[rows].sum()),
+            num_prompt_tokens=int(source.reader.prompt_lengths[rows].sum()),
             num_targets=len(blocks) * (self._block_length - 1),
             num_input_tokens=int(lengths.sum()),
             sum_squared_lengths=int((lengths**2).sum()),
@@ -203,20 +343,28 @@ class StudentData:
         )
 
     def _micro_batches(
-        self, assignments: Sequence[Assignment], rows: NDArray[np.int64], blocks: NDArray[np.int64]
+        self,
+        source: RowSource,
+        assignments: Sequence[Assignment],
+        rows: NDArray[np.int64],
+        blocks: NDArray[np.int64],
     ) -> list[MicroBatch]:
         split = [
             (part.items[part.items < len(rows)], part.items[part.items >= len(rows)] - len(rows))
             for part in assignments
         ]
         # One call, so that each row group of the store is decoded once however its rows are spread.
-        rollouts = iter(self._reader.rollouts(rows[np.concatenate([items for items, _ in split])]))
+        rollouts = iter(source.reader.rollouts(rows[np.concatenate([items for items, _ in split])]))
         return [
-            self._collate([next(rollouts) for _ in items], blocks[block_items], weight=float(part.counts))
+            self._collate(
+                [next(rollouts) for _ in items], blocks[block_items], cut=source.cut, weight=float(part.counts)
+            )
             for part, (items, block_items) in zip(assignments, split, strict=True)
         ]
 
-    def _collate(self, rollouts: Sequence[Rollout], blocks: NDArray[np.int64], *, weight: float) -> MicroBatch:
+    def _collate(
+        self, rollouts: Sequence[Rollout], blocks: NDArray[np.int64], *, cut: SetCut | None, weight: float
+    ) -> MicroBatch:
         texts: dict[str, NDArray[np.integer]] = {}
         for block in blocks.tolist():
             name = f"pre-training block {block}"
@@ -229,10 +377,13 @@ class StudentData:
         if with_sets:
             check_sets_belong(rollouts)
         batch = collate(rollouts, texts, layout=self._limit.layout, with_sets=with_sets, weight=weight)
-        if batch.sets is None or self._cut is None:
+        if batch.sets is None or cut is None:
             return batch
-        check_always_included(rollouts, self._cut.always_include)
-        sets = restrict_top_p(batch.sets, top_p=self._cut.top_p, always_include=self._cut.always_include)
+        if cut.require_always:
+            check_always_included(rollouts, cut.always_include)
+        sets = restrict_top_p(
+            batch.sets, top_p=cut.top_p, always_include=cut.always_include, require_always=cut.require_always
+        )
         return replace(batch, sets=sets)
 
     def _blocks_of(self, step: int) -> NDArray[np.int64]:
