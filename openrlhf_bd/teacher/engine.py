@@ -6,9 +6,10 @@ Shapes: T response tokens, S states with a set, R rollouts.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from openrlhf_bd.teacher.recorder import generation_args, scoring_args
 from openrlhf_bd.teacher.requests import RolloutRequest
 from openrlhf_bd.teacher.states import NO_TOKEN, RecordedStates
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
 
 class TeacherEngine(GenerationEngine):
     """One engine that records what `RecordOptions` in its arguments ask for.
@@ -31,6 +35,8 @@ class TeacherEngine(GenerationEngine):
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._rows = itertools.count()
+        # One call at a time: what is recorded is forgotten at its end.
+        self._recording = threading.Lock()
         super().__init__(arguments)
 
     def generate_rollouts(
@@ -87,7 +93,7 @@ class TeacherEngine(GenerationEngine):
             DataError: prompt and response together are longer than the engine takes, or one of them is empty.
         """
         rows = [next(self._rows) for _ in rollouts]
-        prompts, params = [], []
+        prompts, params, num_states = [], [], []
         seen = list(teacher_prompts) if teacher_prompts is not None else [None] * len(rollouts)
         for row, rollout, teacher_ids in zip(rows, rollouts, seen, strict=True):
             prompt_ids = rollout.prompt_ids if teacher_ids is None else teacher_ids
@@ -102,6 +108,7 @@ class TeacherEngine(GenerationEngine):
             tokens = np.concatenate([prompt_ids, rollout.response_ids])
             prompts.append(tokens if spare else tokens[:-1])
             taken = [*rollout.response_ids.tolist(), *([NO_TOKEN] * spare)]
+            num_states.append(len(taken))
             params.append(
                 self._sampling_params(
                     max_tokens=1,
@@ -111,28 +118,37 @@ class TeacherEngine(GenerationEngine):
                     extra_args=scoring_args(row, first_state=num_prompt - 1, taken=taken),
                 )
             )
-        _, recorded = self._run_recorded(prompts, params, rows)
+        _, recorded = self._run_recorded(prompts, params, rows, num_states)
         return [
-            _with_states(replace(rollout, teacher_prompt_hash=_prompt_hash(teacher_ids)), states)
+            with_states(replace(rollout, teacher_prompt_hash=hash_of(teacher_ids)), states)
             for rollout, teacher_ids, states in zip(rollouts, seen, recorded, strict=True)
         ]
 
-    def _start(self) -> None:
-        super()._start()
-        self.llm.collective_rpc("start_recording", args=(self.arguments["record"],))
+    def _build(self) -> LLM:
+        llm = super()._build()
+        llm.collective_rpc("start_recording", args=(self.arguments["record"],))
+        return llm
 
     def _spare(self, num_tokens: int) -> int:
         """1 if the engine's length leaves a position after so many tokens, else 0."""
         return int(num_tokens < self.arguments["llm"]["max_model_len"])
 
     def _run_recorded(
-        self, prompts: Sequence[NDArray[np.int32]], params: Sequence[Any], rows: Sequence[int]
+        self,
+        prompts: Sequence[NDArray[np.int32]],
+        params: Sequence[Any],
+        rows: Sequence[int],
+        num_states: Sequence[int] | None = None,
     ) -> tuple[list[Any], list[RecordedStates]]:
-        try:
-            outputs = self._run(prompts, params)
-            fetched = self.llm.collective_rpc("take_recorded", args=(rows,))
-        finally:
-            self.llm.collective_rpc("forget_recorded")
+        """Outputs and recorded states of requests; without num_states one state for each sampled token."""
+        with self._recording:
+            try:
+                outputs = [sampled.output for sampled in self._run(prompts, params)]
+                if num_states is None:
+                    num_states = [len(output.outputs[0].token_ids) for output in outputs]
+                fetched = self._rpc("take_recorded", rows, num_states)
+            finally:
+                self._rpc("forget_recorded")
         return outputs, list(fetched[0].rows())
 
     def _rollout(self, request: RolloutRequest, token_ids: Sequence[int], states: RecordedStates) -> Rollout:
@@ -149,15 +165,17 @@ class TeacherEngine(GenerationEngine):
             prompt_ids=request.prompt_ids,
             response_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
-            teacher_prompt_hash=_prompt_hash(request.teacher_ids),
+            teacher_prompt_hash=hash_of(request.teacher_ids),
             teacher=request.teacher,
         )
-        return _with_states(rollout, states)
+        return with_states(rollout, states)
 
 
-def _prompt_hash(teacher_ids: NDArray[np.int32] | None) -> int | None:
+def hash_of(teacher_ids: NDArray[np.int32] | None) -> int | None:
+    """Hash of the teacher's prompt, where that is not the row's own."""
     return None if teacher_ids is None else prompt_hash(teacher_ids)
 
 
-def _with_states(rollout: Rollout, states: RecordedStates) -> Rollout:
+def with_states(rollout: Rollout, states: RecordedStates) -> Rollout:
+    """A row with what was recorded at its states, one for each response token or one more."""
     return replace(rollout, logprobs_T=states.taken_logprob_S[: len(rollout.response_ids)], sets=states.sets)

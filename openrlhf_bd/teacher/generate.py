@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.errors import BDError, ClusterError
 from openrlhf_bd.records import Prompt, Rollout
-from openrlhf_bd.store import StoreWriter
+from openrlhf_bd.store import StoreManifest, StoreWriter
+from openrlhf_bd.store.cut_sets import count_incomplete
 from openrlhf_bd.teacher.ledger import Batch, Ledger, Quarantined
 from openrlhf_bd.teacher.requests import rollout_requests
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 BATCHES_PER_ENGINE = 16
 # Engines lost, for each that the job has, before any row came back: then it is no accident, and no single prompt.
 LOSSES_BEFORE_ANY_ROW = 3
+# Share of incomplete sets that is worth a warning, and the states after which it is known well enough.
+MANY_INCOMPLETE = 0.03
+STATES_BEFORE_WARNING = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class GenerationStats:
         engine_s: time that engines were held for it, seconds, over all engines.
         replaced_engines: engines that died or hung, and for which another was started.
         quarantined_rows: rows given up by this run.
+        states: states with a candidate set of the rows generated.
+        incomplete_states: of these, where the K tokens that a server told hold less than p.
     """
 
     total_rows: int
@@ -52,6 +58,12 @@ class GenerationStats:
     engine_s: float = 0.0
     replaced_engines: int = 0
     quarantined_rows: int = 0
+    states: int = 0
+    incomplete_states: int = 0
+
+    @property
+    def incomplete_share(self) -> float:
+        return self.incomplete_states / self.states if self.states else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,15 +72,20 @@ class GenerationStats:
     @property
     def note(self) -> str:
         """Speed and cost so far, for a progress bar."""
-        return f"{self.tokens_per_s:.0f} tokens/s, {self.engine_s / 3600:.2f} engine hours"
+        cut = f", {self.incomplete_share:.1%} of the sets incomplete" if self.incomplete_states else ""
+        return f"{self.tokens_per_s:.0f} tokens/s, {self.engine_s / 3600:.2f} engine hours{cut}"
 
-    def after(self, rollouts: Sequence[Rollout], *, wall_s: float, engine_s: float) -> GenerationStats:
-        """With a batch more."""
+    def after(
+        self, rollouts: Sequence[Rollout], manifest: StoreManifest, *, wall_s: float, engine_s: float
+    ) -> GenerationStats:
+        """With a batch more of a store's rows."""
         return replace(
             self,
             rows=self.rows + len(rollouts),
             stopped_rows=self.stopped_rows + sum(rollout.finish_reason == "stop" for rollout in rollouts),
             response_tokens=self.response_tokens + sum(len(rollout.response_ids) for rollout in rollouts),
+            states=self.states + sum(rollout.sets.num_states for rollout in rollouts if rollout.sets is not None),
+            incomplete_states=self.incomplete_states + count_incomplete(rollouts, manifest),
             wall_s=wall_s,
             engine_s=engine_s,
         )
@@ -139,18 +156,21 @@ class _Job:
         replace_engine: Callable[[Any], Any] | None,
         on_progress: Callable[[int, str], None] | None,
     ) -> None:
-        done = writer.completed_row_ids() | writer.quarantined_row_ids()
+        done = writer.settled_rows()
         total_rows = len(prompts) * config.rollout.n_samples_per_prompt
         num_pending = sum(1 for _ in rollout_requests(prompts, config=config, completed=done))
+        given_up, samples = writer.quarantined_row_ids(), range(config.rollout.n_samples_per_prompt)
+        self._num_quarantined = sum(f"{each.prompt_id}:{sample}" in given_up for each in prompts for sample in samples)
         self._ledger = Ledger(
             rollout_requests(prompts, config=config, completed=done),
-            batch_rows=batch_rows(num_pending, num_engines=len(engines), max_num_seqs=config.teacher.max_num_seqs),
+            batch_rows=batch_rows(num_pending, num_engines=len(engines), max_num_seqs=_at_once(config)),
         )
         self._stats = GenerationStats(total_rows=total_rows, resumed_rows=total_rows - num_pending)
         self._writer, self._config = writer, config
         self._replace_engine, self._on_progress = replace_engine, on_progress
         self._idle: deque[Any] = deque(engines)
         self._running: dict[Any, _Work] = {}
+        self._warned_of_sets = False
         self._last_loss, self._num_lost, self._num_engines = "none ever started", 0, len(engines)
         self._started = self._counted_until = time.monotonic()
 
@@ -158,6 +178,7 @@ class _Job:
         while True:
             self._dispatch()
             if not any(work.batch for work in self._running.values()) and not self._ledger.has_waiting:
+                self._warn_of_incomplete_sets(after_states=1)
                 return self._stats
             if not self._running:
                 raise ClusterError(
@@ -207,14 +228,36 @@ class _Job:
             if isinstance(error.cause, BDError):
                 raise error.cause from None
             raise EngineLostError(f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
+        except RayError as error:
+            # Its machine went away with the rows that it had made.
+            raise EngineLostError(f"its rows were lost: {_first_line(error)}") from error
 
     def _commit(self, rollouts: list[Rollout]) -> None:
         self._writer.append(rollouts)
         self._stats = self._stats.after(
-            rollouts, wall_s=time.monotonic() - self._started, engine_s=self._stats.engine_s
+            rollouts,
+            self._writer.manifest,
+            wall_s=time.monotonic() - self._started,
+            engine_s=self._stats.engine_s,
         )
+        self._warn_of_incomplete_sets()
         if self._on_progress is not None:
             self._on_progress(len(rollouts), self._stats.note)
+
+    def _warn_of_incomplete_sets(self, after_states: int = STATES_BEFORE_WARNING) -> None:
+        """Once, and early: a larger K costs little at the start of a job."""
+        manifest, stats = self._writer.manifest, self._stats
+        if self._warned_of_sets or stats.states < after_states or stats.incomplete_share < MANY_INCOMPLETE:
+            return
+        self._warned_of_sets = True
+        logger.warning(
+            "%.1f %% of the candidate sets so far are incomplete: the %s tokens that the server tells of a state hold "
+            "less than top_p %s. Raise --teacher.api_top_logprobs (vLLM: and its --max-logprobs) in a store of its own,"
+            " or lower --algo.distill.top_p",
+            100 * stats.incomplete_share,
+            manifest.max_candidates,
+            manifest.top_p,
+        )
 
     def _lose(self, work: _Work, reason: str) -> None:
         self._last_loss = reason
@@ -240,7 +283,7 @@ class _Job:
 
     def _quarantine(self, row: Quarantined) -> None:
         limit = self._config.teacher.max_quarantined_rows
-        if self._stats.quarantined_rows >= limit:
+        if self._num_quarantined >= limit:
             raise ClusterError(
                 f"row {row.row_id} ended two engines by itself ({row.reason}), and --teacher.max_quarantined_rows is "
                 f"{limit}; committed rows are safe. Look at this prompt, or raise the limit to leave such rows out, "
@@ -248,6 +291,7 @@ class _Job:
             )
         logger.warning("row %s is quarantined: it ended two engines by itself (%s)", row.row_id, row.reason)
         self._writer.quarantine(row.row_id, row.reason)
+        self._num_quarantined += 1
         self._stats = replace(self._stats, quarantined_rows=self._stats.quarantined_rows + 1)
         if self._on_progress is not None:
             self._on_progress(1, self._stats.note)
@@ -269,6 +313,12 @@ def batch_rows(num_rows: int, *, num_engines: int, max_num_seqs: int) -> int:
     """
     wanted = -(-num_rows // (num_engines * BATCHES_PER_ENGINE))
     return min(max(wanted, -(-max_num_seqs // 4)), 4 * max_num_seqs)
+
+
+def _at_once(config: Config) -> int:
+    """Rows that an engine, or a client of a server, works on at once."""
+    teacher = config.teacher
+    return teacher.max_num_seqs if teacher.api_base is None else teacher.api_concurrency
 
 
 def _first_line(error: BaseException) -> str:

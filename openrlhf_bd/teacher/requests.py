@@ -57,19 +57,27 @@ def rollout_requests(
         DataError: a prompt leaves no room for a response.
     """
     for prompt in prompts:
-        room = _room(prompt, config)
-        limit = config.rollout.max_new_tokens
         for sample in range(config.rollout.n_samples_per_prompt):
             row_id = f"{prompt.prompt_id}:{sample}"
             if row_id not in completed:
-                yield RolloutRequest(
-                    row_id=row_id,
-                    prompt_ids=prompt.token_ids,
-                    seed=row_seed(config.train.seed, row_id),
-                    max_new_tokens=room if limit is None else min(room, limit),
-                    teacher_ids=prompt.teacher_ids,
-                    teacher=prompt.teacher,
-                )
+                yield rollout_request(prompt, row_id, config=config)
+
+
+def rollout_request(prompt: Prompt, row_id: str, *, config: Config) -> RolloutRequest:
+    """The request of one row; see `rollout_requests`.
+
+    Raises:
+        DataError: the prompt leaves no room for a response.
+    """
+    room, limit = _room(prompt, config), config.rollout.max_new_tokens
+    return RolloutRequest(
+        row_id=row_id,
+        prompt_ids=prompt.token_ids,
+        seed=row_seed(config.train.seed, row_id),
+        max_new_tokens=room if limit is None else min(room, limit),
+        teacher_ids=prompt.teacher_ids,
+        teacher=prompt.teacher,
+    )
 
 
 def _room(prompt: Prompt, config: Config) -> int:

@@ -1,5 +1,7 @@
 """`engines.arguments`: what an engine is started with on CPU and on CUDA."""
 
+import ast
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from openrlhf_bd.engines.arguments import (
+    CPU_HEAD_SIZES,
     RECORDER_EXTENSION,
     RecordOptions,
     arguments_for_model,
@@ -102,3 +105,17 @@ def test_local_model_keeps_the_engine_off_the_hub(model: str) -> None:
     assert engine_environment(model)["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in engine_environment("some-organisation/some-model")
     assert all(isinstance(value, str) for value in engine_environment(model, num_threads=2).values())
+
+
+def test_head_sizes_are_those_of_the_installed_vllm() -> None:
+    """The head sizes that pass the checks are exactly those that vLLM's CPU attention names."""
+    # Read, not imported: its import takes longer than all tests here.
+    package = importlib.util.find_spec("vllm")
+    assert package is not None
+    assert package.origin is not None
+    source = (Path(package.origin).parent / "v1/attention/backends/cpu_attn.py").read_text(encoding="utf-8")
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    (function,) = [node for node in functions if node.name == "get_supported_head_sizes"]
+    statement = function.body[-1]
+    assert isinstance(statement, ast.Return)
+    assert list(CPU_HEAD_SIZES) == ast.literal_eval(statement.value or ast.Constant(None))

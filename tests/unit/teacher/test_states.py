@@ -43,7 +43,7 @@ def test_p_of_one_records_no_ids() -> None:
     """At p = 1 each set is the whole vocabulary: states are counted, no id is listed, through `take` and rows."""
     recorder = StateRecorder(RecordOptions(top_p=1.0, always_include=(1,)))
     recorder.record(LOGITS.expand(3, 4), [(0, 0), (0, 1), (1, 0)], torch.tensor([3, 2, NO_TOKEN]))
-    rows = list(recorder.take([1, 0]).rows())
+    rows = list(recorder.take([1, 0], [1, 2]).rows())
     assert [row.sets.num_states for row in rows if row.sets is not None] == [1, 2]
     assert all(row.sets is not None and row.sets.is_whole for row in rows)
     np.testing.assert_allclose(rows[1].taken_logprob_S, [math.log(0.15), math.log(0.5)], atol=1e-6)
@@ -56,7 +56,7 @@ def test_rows_come_back_in_order_of_position_whatever_order_they_were_recorded_i
     peaked = torch.eye(4) * 5.0
     recorder.record(peaked[[1, 3]], [(10, 1), (11, 0)], torch.tensor([1, 3]))
     recorder.record(peaked[[0, 2]], [(10, 0), (11, 1)], torch.tensor([0, 2]))
-    rows = list(recorder.take([11, 10]).rows())
+    rows = list(recorder.take([11, 10], [2, 2]).rows())
     assert [row.taken_S.tolist() for row in rows] == [[3, 2], [0, 1]]
     assert [row.sets.ids_M.tolist() for row in rows if row.sets is not None] == [[3, 2], [0, 1]]
     assert [row.sets.offsets.tolist() for row in rows if row.sets is not None] == [[0, 1, 2], [0, 1, 2]]
@@ -68,7 +68,7 @@ def test_position_computed_again_replaces_the_earlier_one() -> None:
     peaked = torch.eye(4) * 5.0
     recorder.record(peaked[:2], [(0, 0), (0, 1)], torch.tensor([0, 1]))
     recorder.record(peaked[3:], [(0, 1)], torch.tensor([3]))
-    (row,) = recorder.take([0]).rows()
+    (row,) = recorder.take([0], [2]).rows()
     assert row.taken_S.tolist() == [0, 3]
     assert row.sets is not None
     assert row.sets.ids_M.tolist() == [0, 3]
@@ -79,6 +79,16 @@ def test_missing_position_is_an_error() -> None:
     recorder = StateRecorder(RecordOptions(top_p=0.4))
     recorder.record(LOGITS.expand(2, 4), [(5, 0), (5, 2)], torch.tensor([0, 0]))
     with pytest.raises(RuntimeError, match=r"request 5: found 2 positions without \[1\]"):
-        recorder.take([5])
-    with pytest.raises(RuntimeError, match=r"request 5: found 0 positions without \[0\]"):
-        recorder.take([5])
+        recorder.take([5], [3])
+    with pytest.raises(RuntimeError, match=r"request 5: found 0 positions without \[0\], expected all of 1"):
+        recorder.take([5], [1])
+
+
+def test_state_beyond_those_asked_for_is_dropped() -> None:
+    """The sample that a scheduler one step ahead draws after a stop token does not get into the row."""
+    recorder = StateRecorder(RecordOptions(top_p=0.4))
+    recorder.record(torch.eye(4)[:3] * 5.0, [(0, 0), (0, 1), (0, 2)], torch.tensor([0, 1, 2]))
+    (row,) = recorder.take([0], [2]).rows()
+    assert row.taken_S.tolist() == [0, 1]
+    assert row.sets is not None
+    assert row.sets.num_states == 2
