@@ -21,11 +21,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openrlhf-bd", description="A store as a Hugging Face data set, and back.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a store as a data set folder (datasets.load_from_disk)")
-    export.add_argument("store", type=Path, help="folder of a complete store")
+    export.add_argument("store", help="folder of a complete store")
     export.add_argument("folder", type=Path, help="folder of the data set, made here")
     bring = commands.add_parser("import", help="make a store of a data set that export wrote")
     bring.add_argument("folder", type=Path, help="folder of the data set")
-    bring.add_argument("store", type=Path, help="folder of the store, made here")
+    bring.add_argument("store", help="folder of the store, or its URL, made here")
     return parser
 
 

@@ -7,6 +7,7 @@ torch: `--help` and a wrong flag answer at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -20,10 +21,13 @@ from pydantic import ValidationError
 from openrlhf_bd.cli.options import SECRETS, Option, all_options, all_sections, describe_type, nearest
 from openrlhf_bd.cli.yaml_files import Given, read_config_file
 from openrlhf_bd.config import Config
-from openrlhf_bd.errors import BDError, ConfigError
+from openrlhf_bd.errors import BDError, ConfigError, StoreError
 
 COMMAND_LINE = "command line"
 INTERRUPTED = 75
+# What a write to a full disk gives, over a quota, or beyond the size that this process may give a file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEASURED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class ParsedOptions:
 
     Attributes:
         dry_run: print the configuration and the plan, and stop.
+        measure: rows to generate for the plan; None: it is made without.
         config_files: the YAML files, in the order in which they were given.
         origins: where each given option came from, `file:line` or "command line"; all others have defaults.
     """
 
     dry_run: bool
+    measure: int | None
     config_files: tuple[str, ...]
     origins: dict[str, str]
 
@@ -55,11 +61,26 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> tuple[C
     arguments = _parse_flags(_parser(prog, description), argv)
     config_files = tuple(arguments.pop("config"))
     dry_run = arguments.pop("dry_run")
+    measure = _measured_rows(arguments.pop("measure"), dry_run=dry_run)
     given: dict[str, Given] = {}
     for path in config_files:
         given |= read_config_file(path)
     given |= {name: _from_command_line(all_options()[name], value) for name, value in arguments.items()}
-    return build_config(given), ParsedOptions(dry_run, config_files, {name: given[name].where for name in given})
+    return build_config(given), ParsedOptions(
+        dry_run, measure, config_files, {name: given[name].where for name in given}
+    )
+
+
+def _measured_rows(text: str | None, *, dry_run: bool) -> int | None:
+    if text is None:
+        return None
+    if not dry_run:
+        raise ConfigError(
+            f"{COMMAND_LINE}: --measure belongs to a plan; give it to openrlhf-bd plan, or with --dry_run"
+        )
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{COMMAND_LINE}: --measure is {text!r}; expected a number of rows to generate")
+    return int(text)
 
 
 def build_config(given: dict[str, Given]) -> Config:
@@ -145,7 +166,7 @@ def main_guard(function: Callable[[], int]) -> int:
     """Run a command; turn the errors that we raise on purpose into one line and an exit status.
 
     Returns:
-        The function's own status; an error's `exit_status`; 75 after Ctrl-C.
+        The function's own status; an error's `exit_status`; 74 on a full disk; 75 after Ctrl-C.
     """
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     try:
@@ -160,6 +181,12 @@ def main_guard(function: Callable[[], int]) -> int:
         # The reader of our output, such as `head`, has gone. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room and run the same command again to continue", file=sys.stderr)
+        return StoreError.exit_status
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -186,7 +213,7 @@ def _parser(prog: str, description: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=description,
-        usage=f"{prog} [--config FILE ...] [--dry_run] [--OPTION VALUE ...]",
+        usage=f"{prog} [--config FILE ...] [--dry_run [--measure [ROWS]]] [--OPTION VALUE ...]",
         epilog="Values: defaults < preset < YAML files, in order < flags. Lists take several values; "
         "switches also take true or false; none unsets an option that may be unset.",
         allow_abbrev=False,
@@ -198,6 +225,15 @@ def _parser(prog: str, description: str) -> _Parser:
     )
     parser.add_argument(
         "--dry_run", action="store_true", default=False, help="print the resolved configuration and the plan, and stop"
+    )
+    parser.add_argument(
+        "--measure",
+        nargs="?",
+        const=str(MEASURED_ROWS),
+        default=None,
+        metavar="ROWS",
+        help="with --dry_run: start one teacher engine, generate so many rows, and say what disk space, memory and "
+        f"time the job will take (without a number: {MEASURED_ROWS})",
     )
     groups = {
         name: parser.add_argument_group(f"--{name}.*" if name else "other", _first_line(section))
@@ -245,7 +281,7 @@ def _unknown_argument(text: str) -> str:
     if not text.startswith("-"):
         return f"{COMMAND_LINE}: {text!r} belongs to no option; quote values that contain spaces"
     flag = text.partition("=")[0]
-    known = nearest(flag.lstrip("-"), [*all_options(), "config", "dry_run"])
+    known = nearest(flag.lstrip("-"), [*all_options(), "config", "dry_run", "measure"])
     hint = f"did you mean --{known}?" if known else "--help lists all options"
     return f"{COMMAND_LINE}: {flag} is not an option; {hint}"
 

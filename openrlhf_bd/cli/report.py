@@ -19,6 +19,8 @@ from openrlhf_bd.evaluation.report import main_tables, write_report
 from openrlhf_bd.evaluation.run_data import RunData, with_distinct_labels
 from openrlhf_bd.evaluation.tables import terminal_table
 from openrlhf_bd.store import StoreReader, StoreSummary, summary
+from openrlhf_bd.store.folder import open_folder
+from openrlhf_bd.store.manifest import StoreState
 
 REPORT_FILE = "report.html"
 
@@ -45,7 +47,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--store",
-        type=Path,
         metavar="DIR",
         help="teacher's data to describe; without it: the first run's that is there",
     )
@@ -94,13 +95,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _store_summary(given: Path | None, folders: Sequence[Path], runs: Sequence[RunData]) -> StoreSummary | None:
+def _store_summary(given: str | None, folders: Sequence[Path], runs: Sequence[RunData]) -> StoreSummary | None:
     """Summary of the named store, or of the first run's teacher data on disk; None if there is none."""
     if given is not None:
         return summary(StoreReader(given, require_complete=False))
     for folder, run in zip(folders, runs, strict=True):
-        path = Path(run.option("teacher.store_path") or folder / "teacher_data")
-        if (path / "manifest.json").exists():
+        path = run.option("teacher.store_path") or folder / "teacher_data"
+        if StoreState.find(open_folder(path)) is not None:
             return summary(StoreReader(path, require_complete=False))
     return None
 

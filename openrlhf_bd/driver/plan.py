@@ -10,6 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from openrlhf_bd.data.prompts import PromptTable
+from openrlhf_bd.driver.disk import DiskUse, disk_places
+from openrlhf_bd.driver.model_files import ModelFacts
+from openrlhf_bd.paths import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +69,24 @@ class Plan:
         stages: in the order in which they run.
         data_sets: one line for each data set that was read.
         tables: the prompts that were read: "train", "validation", and "test:<name>".
+        models: the models that stages load, by the option that names each.
         notes: what the stages put into memory that is easily overlooked.
         warnings: what is allowed and probably not meant.
-        disk_bytes: disk space that the job takes at most.
-        free_bytes: disk space that there is.
+        disk: what takes disk space.
     """
 
     stages: tuple[StagePlan, ...]
     data_sets: tuple[str, ...]
     tables: Mapping[str, PromptTable] = field(repr=False)
+    models: Mapping[str, ModelFacts] = field(repr=False)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    disk_bytes: int
-    free_bytes: int
+    disk: tuple[DiskUse, ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space that the job takes at most."""
+        return sum(use.num_bytes for use in self.disk)
 
     @property
     def num_gpus(self) -> int:
@@ -100,16 +108,8 @@ class Plan:
             *(f"{stage.name} writes {stage.files}" for stage in self.stages),
             *self.notes,
             f"GPUs of the largest stage: {self.num_gpus}",
-            f"disk space: {format_bytes(self.disk_bytes)} at most, {format_bytes(self.free_bytes)} free",
+            *(f"disk space: {use.what} {format_bytes(use.num_bytes)}, {use.basis}" for use in self.disk),
+            *(f"disk space: {format_bytes(place.free_bytes)} free in {place.path}" for place in disk_places(self.disk)),
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         yield Group(table, *(Text(line) for line in lines))
-
-
-def format_bytes(count: float) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1: "12 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

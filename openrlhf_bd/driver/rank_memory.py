@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config
+from openrlhf_bd.driver.disk import PARAMETER_BYTES
 from openrlhf_bd.driver.model_files import ModelFacts
-from openrlhf_bd.driver.plan import format_bytes
+from openrlhf_bd.paths import format_bytes
 
 # auto is the checkpoint's own type, at most float32.
 _TEACHER_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,6 +39,24 @@ def rank_memory_notes(
             place = "the student ranks together hold" if config.ds.zero_stage == 3 else "each student rank also holds"
             notes.append(f"{place} a slow copy of the trained weights in fp32, {size} at most ({option})")
     return notes
+
+
+def rank_bytes(config: Config, student: ModelFacts | None) -> int | None:
+    """Memory of one student rank without activations: weights, gradients, and AdamW's moments with a copy in fp32.
+
+    ZeRO shares the moments over the ranks from stage 1 on, gradients from stage 2 on, weights at stage 3. None where
+    the student's size is not known.
+    """
+    if student is None or student.num_parameters is None:
+        return None
+    num_ranks = config.actor.num_nodes * config.actor.num_gpus_per_node
+    value_bytes, stage = PARAMETER_BYTES[config.ds.param_dtype], config.ds.zero_stage
+    # Of adapters all this is little.
+    trained = student.num_parameters if config.ds.lora.rank == 0 else 0
+    moment_bytes = trained * (8 if config.ds.param_dtype == "fp32" else 12)
+    weights = student.num_parameters * value_bytes // (num_ranks if stage >= 3 else 1)
+    gradients = trained * value_bytes // (num_ranks if stage >= 2 else 1)
+    return weights + gradients + moment_bytes // (num_ranks if stage >= 1 else 1)
 
 
 def _size(facts: ModelFacts | None, parameter_bytes: int) -> str:

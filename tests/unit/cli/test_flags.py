@@ -149,6 +149,17 @@ def test_dry_run():
     assert parse("--dry_run")[1].dry_run
 
 
+def test_measured_plan():
+    """--measure takes a number of rows or has one of its own, and belongs to a plan."""
+    assert parse("--dry_run")[1].measure is None
+    assert parse("--dry_run", "--measure")[1].measure == 32
+    assert parse("--dry_run", "--measure", "8")[1].measure == 8
+    with pytest.raises(ConfigError, match=r"--measure belongs to a plan; give it to openrlhf-bd plan"):
+        parse("--measure")
+    with pytest.raises(ConfigError, match=r"--measure is '-3'; expected a number of rows"):
+        parse("--dry_run", "--measure", "-3")
+
+
 # Arguments, and what the message must contain: where, what was found, what was expected or what to do.
 BAD_COMMAND_LINES = {
     "unknown flag": (["--train.batch_sze", "8"], ["command line", "--train.batch_sze", "--train.batch_size?"]),
@@ -285,6 +296,20 @@ def test_main_guard_uses_the_error_s_status(capsys):
 
     assert main_guard(fail) == 74
     assert capsys.readouterr().err == "error: shard 3 is damaged\n"
+
+
+def test_main_guard_tells_of_a_full_disk(capsys, tmp_path):
+    """A write that finds no room ends with status 74 and what to do; any other that fails is a bug, and is seen."""
+
+    def fill():
+        Path("/dev/full").write_text("x", encoding="utf-8")
+
+    assert main_guard(fill) == 74
+    assert capsys.readouterr().err == (
+        "error: No space left on device; make room and run the same command again to continue\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        main_guard(lambda: (tmp_path / "none" / "x").write_text("x", encoding="utf-8"))
 
 
 def test_main_guard_unwraps_remote_errors(capsys):
