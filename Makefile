@@ -6,6 +6,7 @@ VENV ?= .venv
 METHODS ?= bd:robust seqkd
 SEED ?= 42
 OUT ?= runs/demo
+MODE ?= offline
 
 BIN := $(VENV)/bin
 
@@ -13,13 +14,13 @@ BIN := $(VENV)/bin
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  variables: VENV PYTHON TORCH_INDEX_URL (install); METHODS SEED OUT (demo)'
+	@echo '  variables: VENV PYTHON TORCH_INDEX_URL (install); METHODS MODE SEED OUT (demo)'
 
 install:  ## build $(VENV) from the lock file, if it is missing or outdated
 	@VENV="$(VENV)" scripts/install.sh
 
 demo: install  ## teacher -> store -> students -> evaluation on this machine, without a GPU; table and report in OUT
-	$(BIN)/openrlhf-bd demo --methods "$(METHODS)" --seed $(SEED) --output_dir "$(OUT)"
+	$(BIN)/openrlhf-bd demo --methods "$(METHODS)" --mode $(MODE) --seed $(SEED) --output_dir "$(OUT)"
 
 test: install  ## all tests but those that kill processes
 	$(BIN)/python3 -m pytest --ignore=tests/chaos --durations=15 -ra

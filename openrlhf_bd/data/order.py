@@ -63,6 +63,37 @@ class RowOrder:
         return permutation[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedOrder:
+    """Order of an online run's rows: each belongs to the step that it was made for. Epochs repeat it.
+
+    Attributes:
+        step_N: optimizer step of each row.
+        first_step: first of these steps; it becomes step 1.
+    """
+
+    step_N: NDArray[np.integer]
+    first_step: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self.step_N.max()) - self.first_step + 1
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """Rows of a step's global batch, in order.
+
+        Raises:
+            ValueError: step < 1, or no row was made for it.
+        """
+        if step < 1:
+            raise ValueError(f"steps are counted from 1, found {step}")
+        recorded = self.first_step + (step - 1) % self.steps_per_epoch
+        rows = np.flatnonzero(self.step_N == recorded)
+        if not len(rows):
+            raise ValueError(f"no row was made for step {recorded}; expected some for each of the run's steps")
+        return rows
+
+
 @dataclass(frozen=True, slots=True)
 class BlockOrder:
     """Order of the pre-training blocks: the endless sequence of epoch permutations, `batch_size` blocks a step.

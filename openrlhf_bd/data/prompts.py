@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ _OPTIONS: dict[Purpose, str] = {
     "test": "--eval.test_datasets",
 }
 _BATCH_SIZE = 1024
+_NO_RECORD: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,9 @@ def load_prompts(
             for record in batch:
                 reference_field(record, config.data.label_key, several=purpose != "train")
         for record, ids, (teacher_ids, name) in zip(batch, encoded, views, strict=True):
-            prompt = Prompt(f"{num_records:08d}", ids, record.values, teacher_ids, name)
+            # A teacher's job has many prompts, and nobody reads their records again.
+            kept = record.values if need_reference or purpose != "train" else _NO_RECORD
+            prompt = Prompt(f"{num_records:08d}", ids, kept, teacher_ids, name)
             num_records += 1
             if (fitting := _fitted(prompt, *limits, keep=keep)) is not None:
                 prompts.append(fitting)
@@ -171,11 +174,11 @@ def _fitted(prompt: Prompt, of_student: _Limit, of_teacher: _Limit, *, keep: boo
     teacher_ids = prompt.teacher_ids
     if teacher_ids is not None and not of_teacher.allows(teacher_ids) and not keep:
         return None
-    return replace(
-        prompt,
-        token_ids=prompt.token_ids[-of_student.tokens :],
-        teacher_ids=None if teacher_ids is None else teacher_ids[-of_teacher.tokens :],
-    )
+    if len(prompt.token_ids) > of_student.tokens:
+        prompt = replace(prompt, token_ids=prompt.token_ids[-of_student.tokens :])
+    if teacher_ids is not None and len(teacher_ids) > of_teacher.tokens:
+        prompt = replace(prompt, teacher_ids=teacher_ids[-of_teacher.tokens :])
+    return prompt
 
 
 def _all_overlong(spec: str, num_records: int, of_student: _Limit, of_teacher: _Limit) -> DataError:

@@ -29,6 +29,7 @@ from openrlhf_bd.demo.settings import (
     method_options,
     parse_methods,
     sft_options,
+    with_online,
 )
 from openrlhf_bd.driver.run_folder import RunFolder
 
@@ -60,12 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="openrlhf-bd demo", description=__doc__)
     parser.add_argument("--methods", default=DEFAULT_METHODS, help='such as "bd:robust bd:paper seqkd"')
+    parser.add_argument(
+        "--mode",
+        choices=["offline", "online"],
+        default="offline",
+        help="online: methods that can also learn from the student's own responses while it trains, beside offline",
+    )
     parser.add_argument("--output_dir", default="runs/demo", help="folder of the demo; finished stages are reused")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--tiny", action="store_true", help="a few steps of everything, to see that it works")
     arguments = parser.parse_args(argv)
     scale = TINY if arguments.tiny else Scale()
-    demo = Demo(Layout(Path(arguments.output_dir)), scale, arguments.seed, parse_methods(arguments.methods))
+    methods = parse_methods(arguments.methods)
+    if arguments.mode == "online":
+        methods = with_online(methods)
+    demo = Demo(Layout(Path(arguments.output_dir)), scale, arguments.seed, methods)
     run_demo(demo)
     return 0
 
@@ -75,7 +85,7 @@ def run_demo(demo: Demo) -> None:
     from openrlhf_bd.driver.cluster import ray_session
     from openrlhf_bd.driver.progress import console
 
-    with RunFolder.open(demo.layout.root, demo.identity) as folder, ray_session(num_gpus=3):
+    with RunFolder.open(demo.layout.root, demo.identity) as folder, ray_session(num_gpus=4):
         stages = _stages(demo)
         for number, (title, stage) in enumerate(stages, start=1):
             console.rule(f"[bold]{number}/{len(stages)} {title}", align="left")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from openrlhf_bd.algorithms.registry import resolve_algorithm
+from openrlhf_bd.config import DistillConfig
 from openrlhf_bd.demo.models import TEACHER_FOLDER
 from openrlhf_bd.errors import ConfigError
 
@@ -42,15 +45,16 @@ TINY = Scale(64, 8, 8, 2, 4, 4, 2)
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A registered algorithm, and for `bd` its preset: "bd:robust", "seqkd"."""
+    """A registered algorithm, for `bd` its preset, and its mode: "bd:robust", "seqkd", "bd:robust@online"."""
 
     label: str
     name: str
     preset: str | None
+    mode: str = "offline"
 
     @property
     def folder(self) -> str:
-        return self.label.replace(":", "-")
+        return self.label.replace(":", "-").replace("@", "-")
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -67,9 +71,27 @@ def parse_methods(text: str) -> list[Method]:
     return [Method(label, *_split(label)) for label in labels]
 
 
-def _split(label: str) -> tuple[str, str | None]:
-    name, colon, preset = label.partition(":")
-    return name, (preset if colon else "robust" if name == "bd" else None)
+def _split(label: str) -> tuple[str, str | None, str]:
+    method, _, mode = label.partition("@")
+    name, colon, preset = method.partition(":")
+    return name, (preset if colon else "robust" if name == "bd" else None), mode or "offline"
+
+
+def with_online(methods: Sequence[Method]) -> list[Method]:
+    """Each method that can learn from the student's own rollouts also online, right after itself."""
+    found: list[Method] = []
+    for method in methods:
+        found.append(method)
+        options = DistillConfig.model_validate({"name": method.name, **_preset(method)})
+        needs = resolve_algorithm(method.name).needs_of(options)
+        online = replace(method, label=f"{method.label}@online", mode="online")
+        if method.mode == "offline" and needs.student_rollouts != "never" and online not in methods:
+            found.append(online)
+    return found
+
+
+def _preset(method: Method) -> dict[str, str]:
+    return {} if method.preset is None else {"preset": method.preset}
 
 
 class Layout:
@@ -146,18 +168,19 @@ def continued_sft_options(layout: Layout, scale: Scale, seed: int) -> dict[str, 
 
 
 def method_options(layout: Layout, scale: Scale, seed: int, method: Method) -> dict[str, Any]:
-    """Distillation of the SFT student by one method, on the store that all methods share."""
+    """Distillation of the SFT student by one method: on the store that all share, or on rows of its own."""
     # The corpus as running text is mostly problems, which nobody can predict: with weight 1 they would take most of a
     # student this small. The published method keeps its weight.
     pretrain_coef = 1.0 if method.preset == "paper" else 0.1
     distill: dict[str, Any] = {"name": method.name, "pretrain_coef": pretrain_coef, "z_loss_coef": 0.01}
-    if method.preset is not None:
-        distill["preset"] = method.preset
+    distill |= {"mode": method.mode, **_preset(method)}
+    # Online the teacher works beside the student, on the same cores.
+    teacher = {"store_path": str(layout.store)} if method.mode == "offline" else {"num_engines": 1}
     return _merge(
         _merge(common_options(layout, scale, seed), _second_phase(layout, scale)),
         {
             "algo": {"distill": distill},
-            "teacher": {"model_name_or_path": str(TEACHER_FOLDER), "store_path": str(layout.store)},
+            "teacher": {"model_name_or_path": str(TEACHER_FOLDER), **teacher},
             "data": {"pretrain_dataset": layout.split("pretrain")},
             "train": {"pretrain_batch_size": 2},
             "ckpt": {"output_dir": str(layout.method(method))},

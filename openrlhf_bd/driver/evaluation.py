@@ -31,8 +31,9 @@ def load_test_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """
     teacher = None
     if config.eval.teacher_nll:
-        teacher_tokenizer = load_tokenizer(str(config.teacher.model_name_or_path), config)
-        teacher = scoring_view(config, tokenizer, teacher_tokenizer)
+        model = config.teacher.model_name_or_path
+        # A teacher behind a server has the student's tokenizer, as preflight has seen.
+        teacher = scoring_view(config, tokenizer, tokenizer if model is None else load_tokenizer(model, config))
     tables = {
         name: load_evaluation_prompts(config, tokenizer, spec=spec, purpose="test", teacher=teacher)
         for name, spec in parse_test_datasets(config.eval.test_datasets or "").items()

@@ -11,30 +11,44 @@ from pathlib import Path
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
+from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.pretrain import write_pretrain_blocks
 from openrlhf_bd.data.routes import teacher_models
-from openrlhf_bd.driver.cluster import ray_session
+from openrlhf_bd.driver.cluster import cluster_device, ray_session
+from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.evaluation import evaluate_models
 from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
-from openrlhf_bd.driver.objective import unheld_logits
+from openrlhf_bd.driver.objective import incomplete_sets, unheld_logits
+from openrlhf_bd.driver.online import OnlineInputs, train_online
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.progress import console
 from openrlhf_bd.driver.resources import STAGES, Stage, check_cluster
 from openrlhf_bd.driver.run_folder import CONFIG_FILE, RunFolder, run_identity
-from openrlhf_bd.driver.teacher_data import make_rows, rows_path
-from openrlhf_bd.driver.training import TrainingInputs, num_steps, selected_folder, train_student
+from openrlhf_bd.driver.schedule import offline_schedule, online_schedule, shuffled_schedule
+from openrlhf_bd.driver.teacher_data import (
+    check_rows,
+    make_rows,
+    online_manifest,
+    online_path,
+    rows_path,
+    wanted_manifest,
+)
+from openrlhf_bd.driver.training import TrainingInputs, selected_folder, train_student
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.evaluation.checker import load_checker
 from openrlhf_bd.evaluation.report import write_report
 from openrlhf_bd.evaluation.run_data import RunData
 from openrlhf_bd.evaluation.tables import main_table, terminal_table
+from openrlhf_bd.rollout.plan import RowPlan
 from openrlhf_bd.store import StoreReader, summary
-from openrlhf_bd.store.manifest import MANIFEST_FILE
+from openrlhf_bd.store.folder import StorePath, open_folder
+from openrlhf_bd.store.manifest import StoreState
 from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
+from openrlhf_bd.student.data import RowStores
 from openrlhf_bd.student.strategy import checkpoint_folder
 
 REPORT_FILE = "report.html"
@@ -44,10 +58,14 @@ def check(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
     """Everything that can be known to be wrong before an actor starts.
 
     Raises:
-        BDError: with exit status 2; nothing has been written.
+        BDError: with exit status 2, or 74 where rows of an earlier run are damaged; nothing has been written.
     """
-    RunFolder.check(Path(config.ckpt.output_dir), run_identity(config))
-    return preflight(config, stages=stages)
+    path = Path(config.ckpt.output_dir)
+    RunFolder.check(path, run_identity(config))
+    plan = preflight(config, stages=stages)
+    if "generate" in stages or ("train" in stages and "training" not in RunFolder.finished_stages(path)):
+        _check_rows(config, plan)
+    return plan
 
 
 def run(config: Config, *, resolved_config: str, plan: Plan, stages: Sequence[Stage] = STAGES) -> Path:
@@ -96,13 +114,15 @@ def _session(config: Config, plan: Plan, stages: Sequence[Stage]) -> Iterator[No
         return
     with ray_session(num_gpus=plan.num_gpus) as resources:
         check_cluster(config, resources, stages=stages)
+        check_head_sizes(config, plan.models, device=cluster_device(), stages=stages)
         yield
 
 
 def _rows_lack(config: Config) -> bool:
     """Whether a finished store lost rows to a repair."""
     path = rows_path(config, resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill))
-    return (path / MANIFEST_FILE).exists() and not StoreReader(path, require_complete=False).complete
+    state = StoreState.find(open_folder(path))
+    return state is not None and not state.complete
 
 
 def _claim_checkpoints(config: Config, folder: RunFolder) -> None:
@@ -129,28 +149,78 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
         say_reused("student", str(folder.path))
         return
     tokenizer = load_tokenizer(str(config.actor.model_name_or_path), config)
-    rows_path = _rows(config, plan, folder, tokenizer)
+    mode = config.algo.distill.mode
+    finished = None if mode == "online" else _rows(config, plan, folder, tokenizer)
+    reader = None if finished is None else StoreReader(finished)
+    online = None
+    if mode != "offline":
+        online = _online_inputs(config, plan, tokenizer, reader)
+        stores = RowStores(
+            str(finished) if finished else None, str(online.path), offline_steps=online.plan.first_step - 1
+        )
+        schedule = online_schedule(online.plan)
+    else:
+        assert reader is not None
+        stores, schedule = RowStores(str(finished)), offline_schedule(config, reader)
     inputs = TrainingInputs(
-        store_path=rows_path,
-        pretrain_path=_pretrain_blocks(config, tokenizer, folder, num_rows=len(StoreReader(rows_path))),
+        stores=stores,
+        schedule=schedule,
+        pretrain_path=_pretrain_blocks(config, tokenizer, folder, num_steps=schedule.total),
         validation=plan.tables["validation"].prompts if "validation" in plan.tables else [],
         tokenizer=tokenizer,
         stop_ids=stop_tokens(str(config.actor.model_name_or_path), config),
         checker=load_checker(config.eval.checker) if config.eval.checker else None,
     )
     needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
-    if warning := unheld_logits(config, needs):
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
-    record = train_student(config, inputs)
+    for warning in (unheld_logits(config, needs), incomplete_sets(config, needs)):
+        if warning:
+            console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+    record = train_student(config, inputs) if online is None else train_online(config, inputs, online)
+    if online is not None:
+        folder.finish("rows", path=str(online.path), seconds=0.0)
     folder.finish("training", **record)
     # Only now: a run that was killed before would look for it.
     selection = record["selection"]
     shutil.rmtree(selected_folder(config, selection["tag"] if selection else None))
 
 
-def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Path:
+def _online_inputs(
+    config: Config, plan: Plan, tokenizer: PreTrainedTokenizerBase, reader: StoreReader | None
+) -> OnlineInputs:
+    """What the online steps make rows from.
+
+    Args:
+        config: the job.
+        plan: of its checks.
+        tokenizer: of teacher and student.
+        reader: of the finished rows that the first steps read, or None.
+    """
+    offline_steps = 0
+    if reader is not None:
+        offline_steps = config.algo.distill.offline_steps or shuffled_schedule(config, len(reader)).per_epoch
+    prompts, teacher = plan.tables["train"], _any_teacher(config)
     needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
-    model = _any_teacher(config) if needs.rollouts == "teacher" else str(config.actor.model_name_or_path)
+    rollout = needs.rollout_of(config.algo.distill)
+    row_plan = RowPlan(prompts.prompts, config, rollout=rollout, offline_steps=offline_steps)
+    manifest = online_manifest(config, prompts, tokenizer, row_plan, stop_ids=stop_tokens(teacher, config))
+    return OnlineInputs(prompts.prompts, row_plan, online_path(config), manifest, teacher)
+
+
+def _check_rows(config: Config, plan: Plan) -> None:
+    """Refuse rows of an earlier run that are damaged, or not what this one needs."""
+    needs, model = _row_source(config)
+    tokenizer = load_tokenizer(model, config)
+    if config.algo.distill.mode == "online":
+        online = _online_inputs(config, plan, tokenizer, None)
+        check_rows(online.path, online.manifest, need_sets=needs.candidate_sets)
+        return
+    stop_ids = stop_tokens(model, config)
+    manifest = wanted_manifest(config, needs, plan.tables["train"], tokenizer, stop_ids=stop_ids)
+    check_rows(rows_path(config, needs), manifest, need_sets=needs.candidate_sets)
+
+
+def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> StorePath:
+    needs, model = _row_source(config)
     started = time.monotonic()
     rows = make_rows(config, needs, plan.tables["train"], tokenizer, stop_ids=stop_tokens(model, config))
     if rows.reused:
@@ -160,20 +230,29 @@ def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTo
     return rows.path
 
 
+def _row_source(config: Config) -> tuple[Needs, str]:
+    """What the algorithm reads, and the model whose tokenizer and stop tokens its rows have."""
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    return needs, _any_teacher(config) if needs.rollouts == "teacher" else str(config.actor.model_name_or_path)
+
+
 def _any_teacher(config: Config) -> str:
-    """A teacher's model: preflight saw that all have the same tokenizer and the same stop tokens."""
-    return next(iter(teacher_models(config).values()))
+    """A model with the teachers' tokenizer and stop tokens: preflight saw that all have the same.
+
+    A teacher behind a server has those of the student.
+    """
+    models = [*teacher_models(config).values(), config.actor.model_name_or_path]
+    return str(models[0])
 
 
 def _pretrain_blocks(
-    config: Config, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, *, num_rows: int
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, *, num_steps: int
 ) -> Path | None:
     """Pre-training text as blocks, no more of it than the steps read."""
     if config.data.pretrain_dataset is None or config.algo.distill.pretrain_coef == 0:
         return None
     path = folder.path / "pretrain.npy"
-    steps, _ = num_steps(config, num_rows)
-    num_blocks = steps * (config.train.pretrain_batch_size or config.train.batch_size)
+    num_blocks = num_steps * (config.train.pretrain_batch_size or config.train.batch_size)
     write_pretrain_blocks(config, tokenizer, path, config.data.max_len, max_blocks=num_blocks)
     return path
 

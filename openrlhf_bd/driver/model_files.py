@@ -13,9 +13,13 @@ from typing import Any
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.paths import looks_like_path, nearest_path_hint
 
+STUDENT_OPTION = "--actor.model_name_or_path"
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CODE_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 _TOKENIZER = "tokenizer.json"
+# How the classes of models end that write text: transformers' own, and those of its older families.
+_TEXT_GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -29,6 +33,7 @@ class ModelFacts:
         vocab_size: rows of the output embedding.
         max_positions: longest sequence, tokens; None where the model sets no limit of its own.
         num_heads: attention heads; None where the configuration has no such number.
+        head_size: numbers of one head's keys; None where that is not known, or not one number.
         num_parameters: from the weight files' headers; None for a model on the hub.
     """
 
@@ -37,6 +42,7 @@ class ModelFacts:
     vocab_size: int
     max_positions: int | None
     num_heads: int | None
+    head_size: int | None
     num_parameters: int | None
 
 
@@ -181,6 +187,8 @@ def _read_config(name: str, option: str, trust_remote_code: bool, num_parameters
             f"{name}: its configuration cannot be read: {reason}; expected a model as save_pretrained() writes it "
             f"({option})"
         ) from error
+    if not trust_remote_code:
+        _check_architectures(config.architectures, name, option)
     vocab_size = getattr(config, "vocab_size", None)
     if not isinstance(vocab_size, int):
         raise DataError(f"{name}: has no vocab_size; expected a causal language model ({option})")
@@ -192,5 +200,24 @@ def _read_config(name: str, option: str, trust_remote_code: bool, num_parameters
         vocab_size=vocab_size,
         max_positions=None if scaled else getattr(config, "max_position_embeddings", None),
         num_heads=getattr(config, "num_attention_heads", None),
+        head_size=_head_size(config),
         num_parameters=num_parameters,
     )
+
+
+def _check_architectures(architectures: list[str] | None, name: str, option: str) -> None:
+    if architectures and not any(architecture.endswith(_TEXT_GENERATORS) for architecture in architectures):
+        raise DataError(
+            f"{name}: its config.json says {', '.join(architectures)}, which generates no text; expected a causal "
+            f"language model, with a name that ends in {' or '.join(_TEXT_GENERATORS)} ({option})"
+        )
+
+
+def _head_size(config: Any) -> int | None:
+    hidden_size, num_heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return None  # latent attention: its kernels go by other numbers
+    given = getattr(config, "head_dim", None)
+    if given is not None or not hidden_size or not num_heads:
+        return given
+    return int(hidden_size) // int(num_heads)

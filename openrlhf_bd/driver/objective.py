@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config
+from openrlhf_bd.data.routes import is_routed
 from openrlhf_bd.driver.teacher_data import rows_path
 from openrlhf_bd.errors import ConfigError
-from openrlhf_bd.store import StoreReader, one_token_share
-from openrlhf_bd.store.manifest import MANIFEST_FILE
+from openrlhf_bd.rollout.flow import check_flow
+from openrlhf_bd.store import StoreReader, incomplete_share, one_token_share
+from openrlhf_bd.store.folder import open_folder
+from openrlhf_bd.store.manifest import StoreState
 
 
 def uses_pretrain(config: Config) -> bool:
@@ -36,6 +39,70 @@ def check_kd_ratio(config: Config) -> None:
         )
 
 
+def check_online(config: Config, needs: Needs) -> None:
+    """Refuse what an online run cannot do.
+
+    Raises:
+        ConfigError: the message names the options to change.
+    """
+    distill = config.algo.distill
+    if distill.mode == "offline":
+        _check_whose_rows(config, needs)
+        return
+    if config.train.row_order == "recorded":
+        raise ConfigError(
+            f"--train.row_order recorded repeats the steps of an earlier online run, and --algo.distill.mode is "
+            f"{distill.mode}; use --algo.distill.mode offline with that run's store as --teacher.store_path"
+        )
+    if needs.rollouts != "teacher":
+        raise ConfigError(
+            f"--algo.distill.name {distill.name} learns from the data set's own responses, so there is nothing to make "
+            f"while it trains; use --algo.distill.mode offline instead of {distill.mode}"
+        )
+    if is_routed(config):
+        raise ConfigError(
+            f"--teacher.routes with --algo.distill.mode {distill.mode}: an online run has one teacher; make the rows "
+            "of several with --algo.distill.mode offline"
+        )
+    samples = needs.student_samples(distill)
+    if samples and needs.student_rollouts == "never":
+        raise ConfigError(
+            f"--algo.distill.name {distill.name} learns from the teacher's responses alone; use --algo.distill.rollout "
+            "teacher"
+        )
+    if not samples and needs.student_rollouts == "required":
+        raise ConfigError(
+            f"--algo.distill.name {distill.name} learns from the student's own responses; use --algo.distill.rollout "
+            "student, or mixed with --algo.distill.student_fraction above 0"
+        )
+    if samples:
+        check_flow(distill)
+    if distill.teacher_mix > 0 and (config.rollout.temperature, config.rollout.top_p) != (1.0, 1.0):
+        raise ConfigError(
+            f"--algo.distill.teacher_mix {distill.teacher_mix:g} mixes the two models at temperature 1, and "
+            f"--rollout.temperature is {config.rollout.temperature:g}, --rollout.top_p {config.rollout.top_p:g}; use 1 "
+            "for both"
+        )
+
+
+def _check_whose_rows(config: Config, needs: Needs) -> None:
+    """Refuse offline rows of which the algorithm cannot learn."""
+    name, path = config.algo.distill.name, rows_path(config, needs)
+    state = StoreState.find(open_folder(path))
+    manifest = None if state is None else state.manifest
+    has_student_rows = manifest is not None and manifest.online and manifest.sampling.get("rollout") != "teacher"
+    if needs.student_rollouts == "required" and not has_student_rows:
+        raise ConfigError(
+            f"--algo.distill.name {name} learns from the student's own responses, which {path} does not have; use "
+            "--algo.distill.mode online, or name the rows of an online run (--teacher.store_path)"
+        )
+    if needs.student_rollouts == "never" and has_student_rows:
+        raise ConfigError(
+            f"--algo.distill.name {name} learns from the teacher's responses alone, and {path} also has a student's; "
+            "name another --teacher.store_path"
+        )
+
+
 def unheld_logits(config: Config, needs: Needs) -> str | None:
     """A warning where no term of a bd run's loss sees the logits outside the candidate sets; else None.
 
@@ -53,7 +120,7 @@ def unheld_logits(config: Config, needs: Needs) -> str | None:
         "excludes. Give --data.pretrain_dataset, or --algo.distill.tail_coef 1"
     )
     path = rows_path(config, needs)
-    if not (path / MANIFEST_FILE).exists():
+    if StoreState.find(open_folder(path)) is None:
         return text
     reader = StoreReader(path, require_complete=False)
     always_include = reader.manifest.always_include if distill.include_eos else ()
@@ -74,4 +141,24 @@ def trained_temperature(config: Config, needs: Needs) -> str | None:
     return (
         f"--algo.distill.tau {tau:g}: the policy that is trained is softmax(z / tau), which the saved student samples "
         f"from at temperature {tau:g}; --eval.temperature is {config.eval.temperature:g}"
+    )
+
+
+def incomplete_sets(config: Config, needs: Needs) -> str | None:
+    """A warning where sets of the run's store hold less than p, as a server told too few tokens; else None.
+
+    Raises:
+        StoreError: the store that is there is damaged.
+    """
+    path, top_p = rows_path(config, needs), config.algo.distill.top_p
+    if not needs.candidate_sets or StoreState.find(open_folder(path)) is None:
+        return None
+    reader = StoreReader(path, require_complete=False)
+    share = incomplete_share(reader, top_p=top_p)
+    if not share:
+        return None
+    return (
+        f"{share:.1%} of the candidate sets of {path} are incomplete: the {reader.manifest.max_candidates} likeliest "
+        f"tokens hold less than --algo.distill.top_p {top_p:g}. There the sets are these tokens and P is their mass; "
+        "generate the data again with a larger --teacher.api_top_logprobs, or lower top_p"
     )

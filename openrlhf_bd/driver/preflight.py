@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, SchedulerType
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.registry import resolve_algorithm
-from openrlhf_bd.config import Config
+from openrlhf_bd.config import Config, TeacherConfig
 from openrlhf_bd.data.limits import prompt_limit, teacher_length
 from openrlhf_bd.data.pretrain import check_pretrain
 from openrlhf_bd.data.prompts import (
@@ -29,21 +28,24 @@ from openrlhf_bd.data.prompts import (
 )
 from openrlhf_bd.data.routes import DEFAULT_TEACHER, teacher_models, teacher_option
 from openrlhf_bd.data.teacher_view import teacher_view
+from openrlhf_bd.driver.disk import disk_uses, disk_warnings, num_prompt_tokens, num_response_tokens
+from openrlhf_bd.driver.engine_limits import check_head_sizes, known_device
 from openrlhf_bd.driver.evaluation import load_test_sets
-from openrlhf_bd.driver.model_files import ModelFacts, inspect_model
+from openrlhf_bd.driver.model_files import STUDENT_OPTION, ModelFacts, inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
-from openrlhf_bd.driver.objective import check_kd_ratio, trained_temperature, unheld_logits, uses_pretrain
-from openrlhf_bd.driver.plan import Plan, StagePlan, format_bytes
+from openrlhf_bd.driver.objective import check_kd_ratio, check_online, trained_temperature, unheld_logits, uses_pretrain
+from openrlhf_bd.driver.plan import Plan, StagePlan
 from openrlhf_bd.driver.rank_memory import rank_memory_notes
+from openrlhf_bd.driver.remote_teacher import check_remote_options, check_server, is_remote
 from openrlhf_bd.driver.resources import (
     STAGES,
     Stage,
-    existing_parent,
-    free_bytes,
+    makes_rows,
     stage_actors,
-    student_bytes,
     takes_part,
 )
+from openrlhf_bd.driver.schedule import shuffled_schedule
+from openrlhf_bd.driver.teacher_data import is_complete_store, rows_path
 from openrlhf_bd.driver.teachers import (
     asked_teachers,
     check_same_tokenizer,
@@ -51,8 +53,12 @@ from openrlhf_bd.driver.teachers import (
     teacher_lines,
     teacher_warnings,
 )
-from openrlhf_bd.errors import ConfigError, DataError
+from openrlhf_bd.engines.arguments import stop_token_ids
+from openrlhf_bd.errors import ConfigError, DataError, StoreError
 from openrlhf_bd.evaluation.checker import load_checker
+from openrlhf_bd.paths import existing_parent
+from openrlhf_bd.rollout.plan import RowPlan
+from openrlhf_bd.store.folder import open_folder
 
 # Of the pre-training text only the first records are read here; all of it is read when its blocks are written.
 _PRETRAIN_RECORDS = 1000
@@ -62,8 +68,6 @@ _ATTENTIONS = (
     *("auto", "sdpa", "eager", "flex_attention"),
     *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
 )
-# A stored response token at top_p 0.95: ids of its candidates, their log-probabilities, and what every token has.
-_STORE_BYTES_PER_TOKEN = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,53 +92,69 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
     needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
     stages = [stage for stage in stages if takes_part(stage, config, needs)]
     if not stages:
+        if config.algo.distill.mode == "online":
+            raise ConfigError(
+                "nothing to do: with --algo.distill.mode online the rows are made while the student trains "
+                "(openrlhf-bd train); use --algo.distill.mode offline to make them before"
+            )
         raise ConfigError(
             f"nothing to do: either --eval.test_datasets names no test set, or --algo.distill.name "
             f"{config.algo.distill.name} learns from the data set's own responses and needs none of the teacher's"
         )
     _check_options(config, stages, needs)
     models = _check_models(config, stages)
-    if "generate" in stages:
+    check_head_sizes(config, models, device=known_device(), stages=stages)
+    if makes_rows(config, stages):
         check_stop_tokens(config)
     data = _check_data(config, stages, needs)
+    lines = [*data.lines, *_check_server(config, stages, needs, data.tokenizer)]
     _check_vocabularies(models, data.tokenizer)
-    student = models.get("--actor.model_name_or_path")
-    free = free_bytes(Path(config.ckpt.output_dir))
-    certain_bytes = student_bytes(config, student) if "train" in stages else 0
-    if certain_bytes > free:
-        raise ConfigError(
-            f"--ckpt.output_dir {config.ckpt.output_dir}: {format_bytes(free)} are free there, checkpoints and "
-            f"students take {format_bytes(certain_bytes)}; lower --ckpt.max_num, or name a folder on another disk"
-        )
+    _check_stops(config, models)
+    student = models.get(STUDENT_OPTION)
     plans = tuple(_plan_stage(stage, config, needs, data.tables) for stage in stages)
-    store_bytes = sum(plan.tokens * _STORE_BYTES_PER_TOKEN for plan in plans if plan.name == "generate")
+    disk = disk_uses(config, plans, data.tables, student=student)
     warnings = [*_warnings(config, stages, needs, data.tables), *_vocabulary_warnings(models)]
     teacher = models.get("--teacher.model_name_or_path")
     notes = rank_memory_notes(config, needs, student=student, teacher=teacher) if "train" in stages else []
-    if certain_bytes + store_bytes > free:
-        warnings.append("the teacher's data may not fit on the disk if responses are as long as they may be")
+    warnings += disk_warnings(disk)
     return Plan(
         stages=plans,
-        data_sets=tuple(data.lines),
+        data_sets=tuple(lines),
         tables=data.tables,
+        models=models,
         notes=tuple(notes),
         warnings=tuple(warnings),
-        disk_bytes=certain_bytes + store_bytes,
-        free_bytes=free,
+        disk=disk,
     )
+
+
+def _check_store_path(path: str) -> None:
+    """The driver and each rank must be able to open the teacher's data."""
+    try:
+        open_folder(path)
+    except StoreError as error:
+        raise ConfigError(f"--teacher.store_path {error}") from None
+    if path.startswith("memory://"):
+        raise ConfigError(
+            f"--teacher.store_path {path}: one process sees it, and a run has several; name another place"
+        )
 
 
 def _check_options(config: Config, stages: Sequence[Stage], needs: Needs) -> None:
     prompt_limit(config)
     teacher_length(config)
+    check_remote_options(config)
     if config.eval.checker is not None:
         load_checker(config.eval.checker)
     if config.eval.test_datasets is not None:
         parse_test_datasets(config.eval.test_datasets)
     _check_output_folder(Path(config.ckpt.output_dir))
+    if config.teacher.store_path is not None:
+        _check_store_path(config.teacher.store_path)
     if "train" in stages:
         _check_recorded(config, needs)
         _check_training_options(config)
+        check_online(config, needs)
 
 
 def _check_recorded(config: Config, needs: Needs) -> None:
@@ -205,12 +225,11 @@ def _check_output_folder(path: Path) -> None:
 
 def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFacts]:
     """Facts of the models that the stages load, by the option that names each."""
-    student_option = "--actor.model_name_or_path"
     wanted: dict[str, tuple[str | None, int, str]] = {}
     for teacher, model in asked_teachers(config, stages).items():
         wanted[teacher_option(teacher)] = (model, config.teacher.tensor_parallel_size, "teacher")
     if "train" in stages or (stages == ["evaluate"] and config.actor.model_name_or_path is not None):
-        wanted[student_option] = (config.actor.model_name_or_path, config.vllm.tensor_parallel_size, "vllm")
+        wanted[STUDENT_OPTION] = (config.actor.model_name_or_path, config.vllm.tensor_parallel_size, "vllm")
     models = {}
     for option, (name, parallel, section) in wanted.items():
         if name is None:
@@ -232,7 +251,7 @@ def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFac
         from openrlhf_bd.student.loading import check_family
         from openrlhf_bd.student.lora import check_lora
 
-        check_family(models[student_option].family, config)
+        check_family(models[STUDENT_OPTION].family, config)
         check_lora(config)
         if config.algo.distill.kd_ratio > 0:
             check_live_teacher(models[teacher_option(DEFAULT_TEACHER)].family, config)
@@ -255,6 +274,8 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
         raise ConfigError("--actor.model_name_or_path is not given; name a model folder, or a model on the hub")
     tokenizer = load_tokenizer(own, config)
     teacher_tokenizers = {name: load_tokenizer(model, config) for name, model in teachers.items()}
+    if is_remote(config):
+        teacher_tokenizers[DEFAULT_TEACHER] = tokenizer
     for name, model in teachers.items():
         check_same_tokenizer(teacher_tokenizers[name], tokenizer, teacher=model, student=own)
     tables = {}
@@ -268,7 +289,7 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
             split=config.data.prompt_split,
             purpose="train",
             need_reference=needs.rollouts == "gold",
-            teacher=teacher_view(config, tokenizer, teacher_tokenizers) if "generate" in stages else None,
+            teacher=teacher_view(config, tokenizer, teacher_tokenizers) if makes_rows(config, stages) else None,
         )
     if "train" in stages and config.eval.dataset is not None:
         tables["validation"] = load_evaluation_prompts(
@@ -277,11 +298,24 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
     if "evaluate" in stages:
         tables |= {f"test:{name}": table for name, table in load_test_sets(config, tokenizer).items()}
     lines = [f"{name}: {table.summary()}" for name, table in tables.items()]
-    if "generate" in stages:
+    if makes_rows(config, stages):
         lines += teacher_lines(config, tables["train"])
     if "train" in stages and uses_pretrain(config):
         lines.append(f"pretrain: {check_pretrain(config, num_records=_PRETRAIN_RECORDS)} records")
     return _Data(tables, lines, tokenizer)
+
+
+def _check_server(
+    config: Config, stages: Sequence[Stage], needs: Needs, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Ask the teacher's server, where there is one and a stage needs it: not for rows that are all there."""
+    if not is_remote(config):
+        return []
+    is_online = "train" in stages and config.algo.distill.mode != "offline"
+    scores = is_online or ("evaluate" in stages and config.eval.teacher_nll)
+    if not scores and ("generate" not in stages or is_complete_store(rows_path(config, needs))):
+        return []
+    return [check_server(config, tokenizer, scores=scores)]
 
 
 def _check_vocabularies(models: Mapping[str, ModelFacts], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -290,6 +324,20 @@ def _check_vocabularies(models: Mapping[str, ModelFacts], tokenizer: PreTrainedT
             raise DataError(
                 f"{facts.name}: has {facts.vocab_size} embeddings for the {len(tokenizer)} tokens of its tokenizer; "
                 f"expected at least as many. Take the tokenizer that belongs to the model ({option})"
+            )
+
+
+def _check_stops(config: Config, models: Mapping[str, ModelFacts]) -> None:
+    for option, facts in models.items():
+        beyond = [
+            token_id
+            for token_id in stop_token_ids(facts.name, trust_remote_code=config.trust_remote_code)
+            if token_id >= facts.vocab_size
+        ]
+        if beyond:
+            raise DataError(
+                f"{facts.name}: its responses end at the tokens {beyond}, and it has {facts.vocab_size} embeddings; "
+                f"expected ids below that. Mend the eos_token_id of its generation_config.json ({option})"
             )
 
 
@@ -306,16 +354,20 @@ def _plan_stage(stage: Stage, config: Config, needs: Needs, tables: Mapping[str,
     rows, tokens = samples * len(table.prompts), samples * _num_tokens(config, table, config.rollout.max_new_tokens)
     if stage == "generate":
         return StagePlan(stage, rows, tokens, None, actors, config.teacher.store_path or f"{folder}/teacher_data")
-    steps_per_epoch = math.ceil(rows / config.train.batch_size)
-    steps = min(config.train.max_epochs * steps_per_epoch, config.train.max_steps or math.inf)
-    return StagePlan(stage, rows, tokens * config.train.max_epochs, int(steps), actors, folder)
+    schedule = shuffled_schedule(config, rows)
+    if config.algo.distill.mode != "offline":
+        offline = 0
+        if config.algo.distill.mode == "offline_then_online":
+            offline = config.algo.distill.offline_steps or schedule.per_epoch
+        rollout = needs.rollout_of(config.algo.distill)
+        plan = RowPlan(table.prompts, config, rollout=rollout, offline_steps=offline)
+        return StagePlan(stage, plan.num_rows, tokens * config.train.max_epochs, plan.last_step, actors, folder)
+    return StagePlan(stage, rows, tokens * config.train.max_epochs, schedule.total, actors, folder)
 
 
 def _num_tokens(config: Config, table: PromptTable, max_new_tokens: int | None) -> int:
     """Prompt and response tokens, if every response is as long as it may be."""
-    longest = max_new_tokens or config.data.max_len
-    lengths = [len(prompt.token_ids) for prompt in table.prompts]
-    return sum(length + min(longest, config.data.max_len - length) for length in lengths)
+    return num_prompt_tokens(table) + num_response_tokens(config, table, max_new_tokens)
 
 
 def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Mapping[str, PromptTable]) -> list[str]:
@@ -324,7 +376,7 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
         for name, text in _written_by_hand(config).items()
         if "\\n" in (text or "")
     ]
-    if "generate" in stages:
+    if makes_rows(config, stages):
         found += teacher_warnings(config, tables["train"])
     if "train" not in stages:
         return found
@@ -358,6 +410,12 @@ def _without_effect(config: Config) -> list[tuple[str, str]]:
         found.append(("--train.ema_beta", "--train.enable_ema"))
     if config.train.pretrain_batch_size is not None and not uses_pretrain(config):
         found.append(("--train.pretrain_batch_size", "--data.pretrain_dataset"))
+    if not is_remote(config):
+        found += [
+            (f"--teacher.{name}", "--teacher.api_base")
+            for name in TeacherConfig.model_fields
+            if name.startswith("api_") and getattr(config.teacher, name) != getattr(plain.teacher, name)
+        ]
     if config.eval.teacher_nll and config.eval.test_datasets is None:
         found.append(("--eval.teacher_nll", "--eval.test_datasets"))
     return found
@@ -374,7 +432,7 @@ def _written_by_hand(config: Config) -> dict[str, str | None]:
 
 
 def _vocabulary_warnings(models: Mapping[str, ModelFacts]) -> list[str]:
-    student = models.get("--actor.model_name_or_path")
+    student = models.get(STUDENT_OPTION)
     teachers = [facts for option, facts in models.items() if option.startswith("--teacher.")]
     largest = max((teacher.vocab_size for teacher in teachers), default=0)
     if student is None or largest <= student.vocab_size:

@@ -18,12 +18,11 @@ from typing import Any
 from openrlhf_bd import __version__
 from openrlhf_bd.config import Config
 from openrlhf_bd.errors import RunFolderError
-from openrlhf_bd.store.files import write_text
+from openrlhf_bd.store.files import LOCK_FILE, lock_holder, temporary_name, write_text
 from openrlhf_bd.store.manifest import flatten
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
-LOCK_FILE = ".lock"
 
 # Options that change how a run is carried out, not what comes out of it: they may differ when a run is resumed.
 _NOT_IDENTITY = (
@@ -40,6 +39,10 @@ _NOT_IDENTITY = (
     "teacher.max_quarantined_rows",
     "teacher.gpu_memory_utilization",
     "teacher.enforce_eager",
+    "teacher.api_base",
+    "teacher.api_concurrency",
+    "teacher.api_timeout_s",
+    "teacher.api_max_retries",
     "teacher.enable_prefix_caching",
     "eval.num_examples",
 )
@@ -55,6 +58,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1))
 
 
+def _second_writer(path: Path, holder: str) -> RunFolderError:
+    return RunFolderError(
+        f"--ckpt.output_dir {path}: process {holder} is writing to this folder; wait for it, or name another folder"
+    )
+
+
 class RunFolder:
     """An open run folder. Use `RunFolder.open`; it holds the folder's lock while the block runs."""
 
@@ -67,7 +76,7 @@ class RunFolder:
         """Refuse a folder that holds something else, without changing anything.
 
         Raises:
-            RunFolderError: the folder holds another run, or files that are no run.
+            RunFolderError: the folder holds another run, or files that are no run, or another process is writing to it.
         """
         run_file = path / RUN_FILE
         if not path.exists():
@@ -75,7 +84,9 @@ class RunFolder:
         if not path.is_dir():
             raise RunFolderError(f"--ckpt.output_dir {path}: found a file, expected a folder; name another path")
         if not run_file.exists():
-            if any(entry.name != LOCK_FILE for entry in path.iterdir()):
+            # A run that was killed at its first step leaves no more than these.
+            ours = {LOCK_FILE, temporary_name(run_file).name}
+            if any(entry.name not in ours for entry in path.iterdir()):
                 raise RunFolderError(
                     f"--ckpt.output_dir {path}: the folder holds files that are not a run of openrlhf_bd; "
                     "expected a new or empty folder, or this run's own. Name another path; nothing was changed"
@@ -90,6 +101,8 @@ class RunFolder:
                 f"--ckpt.output_dir {path}: the folder holds another run, which differs in {len(differing)} options:\n"
                 f"{lines}\nName another folder, or repeat that run's command to resume it; nothing was changed"
             )
+        if (holder := lock_holder(path)) is not None:
+            raise _second_writer(path, holder)
 
     @staticmethod
     @contextmanager
@@ -106,10 +119,7 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise RunFolderError(
-                    f"--ckpt.output_dir {path}: process {lock.read().strip() or '?'} is writing to this folder; "
-                    "wait for it, or name another folder"
-                ) from None
+                raise _second_writer(path, lock.read().strip() or "unknown") from None
             lock.seek(0)
             lock.truncate()
             lock.write(str(os.getpid()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,18 +19,25 @@ from openrlhf_bd.data.prompts import PromptTable, gold_rollouts
 from openrlhf_bd.data.routes import DEFAULT_TEACHER, is_routed, teacher_models
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.progress import stage_progress
+from openrlhf_bd.driver.remote_teacher import is_remote, served_model
 from openrlhf_bd.driver.run_folder import CONFIG_FILE
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.records import Prompt, Rollout
+from openrlhf_bd.rollout.plan import RowPlan
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
+from openrlhf_bd.store.files import second_writer
 from openrlhf_bd.store.fingerprints import fingerprint_model_folder, fingerprint_tokenizer
-from openrlhf_bd.store.manifest import JOB_FILE, MANIFEST_FILE, TEACHER_PREFIX, TEACHER_PROMPTS
+from openrlhf_bd.store.folder import StorePath, open_folder
+from openrlhf_bd.store.manifest import TEACHER_PREFIX, TEACHER_PROMPTS, StoreState
 from openrlhf_bd.teacher.generate import generate_teacher_data
 from openrlhf_bd.teacher.requests import rollout_requests
 
 # What an algorithm reads may be cut out of sets that were recorded for another: these keys need not be equal.
 _SET_KEYS = ("top_p", "always_include", "has_logprobs")
+# Rows of an online run serve an offline one whatever made them, if these are equal.
+_ONLINE_KEYS = ("fingerprints.tokenizer", "fingerprints.teacher", "kind")
+_PLAN_OPTIONS = ("student_fraction", "student_warmup_steps", "teacher_mix", "max_staleness")
 _GOLD_BATCH = 1024
 
 
@@ -39,16 +45,77 @@ _GOLD_BATCH = 1024
 class Rows:
     """A complete store, and whether an earlier run had made it."""
 
-    path: Path
+    path: StorePath
     reused: bool
 
 
-def rows_path(config: Config, needs: Needs) -> Path:
-    """Where the rows of a job are kept."""
+def rows_path(config: Config, needs: Needs) -> StorePath:
+    """Where the rows of a job are kept: a folder, or the URL of one."""
     output_dir = Path(config.ckpt.output_dir)
     if needs.rollouts == "gold":
         return output_dir / "gold_data"
-    return Path(config.teacher.store_path) if config.teacher.store_path else output_dir / "teacher_data"
+    if config.algo.distill.mode == "online":
+        return online_path(config)
+    return open_folder(config.teacher.store_path).url if config.teacher.store_path else output_dir / "teacher_data"
+
+
+def check_rows(path: StorePath, manifest: StoreManifest, *, need_sets: bool) -> None:
+    """Refuse a store that is there and cannot be used or continued, before anything starts. Nothing is changed.
+
+    Args:
+        path: of the store.
+        manifest: what its rows must be.
+        need_sets: the algorithm reads candidate sets.
+
+    Raises:
+        RunFolderError: the store holds other rows (each difference is named), or another process is writing to it.
+        StoreError: some of it is damaged; the message names the files, their rows, and the command that mends them.
+    """
+    folder = open_folder(path)
+    state = StoreState.find(folder)
+    if state is None:
+        return
+    if (holder := folder.lock_holder()) is not None:
+        raise second_writer(folder, holder)
+    if not _is_complete(path, manifest, need_sets=need_sets):
+        state.manifest.require_equal(manifest, folder)
+    StoreReader(path, require_complete=False).verify()
+
+
+def online_path(config: Config) -> Path:
+    """Where the rows of an online run are kept."""
+    return Path(config.ckpt.output_dir) / "rollouts"
+
+
+def online_manifest(
+    config: Config,
+    prompts: PromptTable,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: RowPlan,
+    *,
+    stop_ids: Sequence[int],
+) -> StoreManifest:
+    """What the rows of an online run are: those of an offline one, and by which plan they were made."""
+    distill, manifest = config.algo.distill, _teacher_manifest(config, prompts, tokenizer, stop_ids=stop_ids)
+    plan_options = {
+        "n_samples_per_prompt": config.rollout.n_samples_per_prompt,
+        "batch_size": config.train.batch_size,
+        "first_step": plan.first_step,
+        "rollout": plan.rollout,
+        **{name: getattr(distill, name) for name in _PLAN_OPTIONS},
+    }
+    return manifest.model_copy(
+        update={
+            "online": True,
+            "total_rows": plan.num_rows,
+            "n_samples_per_prompt": 1,
+            "sampling": {**manifest.sampling, **plan_options},
+            "fingerprints": {
+                **manifest.fingerprints,
+                "student": fingerprint_model_folder(str(config.actor.model_name_or_path)),
+            },
+        }
+    )
 
 
 def make_rows(
@@ -73,35 +140,57 @@ def make_rows(
         ClusterError, StoreError: see `generate_teacher_data` and `StoreWriter`.
     """
     path = rows_path(config, needs)
+    manifest = wanted_manifest(config, needs, prompts, tokenizer, stop_ids=stop_ids)
+    if _is_complete(path, manifest, need_sets=needs.candidate_sets):
+        return Rows(path, reused=True)
     if needs.rollouts == "gold":
-        manifest = _gold_manifest(config, prompts, tokenizer)
-        if _is_complete(path, manifest, need_sets=False):
-            return Rows(path, reused=True)
         _write_gold(config, path, manifest, prompts, tokenizer)
     else:
-        manifest = _teacher_manifest(config, prompts, tokenizer, stop_ids=stop_ids)
-        if _is_complete(path, manifest, need_sets=needs.candidate_sets):
-            return Rows(path, reused=True)
         _generate(config, path, manifest, prompts)
     return Rows(path, reused=False)
 
 
-def _is_complete(path: Path, wanted: StoreManifest, *, need_sets: bool) -> bool:
+def wanted_manifest(
+    config: Config,
+    needs: Needs,
+    prompts: PromptTable,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: Sequence[int],
+) -> StoreManifest:
+    """What the rows of a job are."""
+    if needs.rollouts == "gold":
+        return _gold_manifest(config, prompts, tokenizer)
+    return _teacher_manifest(config, prompts, tokenizer, stop_ids=stop_ids)
+
+
+def is_complete_store(path: StorePath) -> bool:
+    """Whether there is a finished store, whatever its rows.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    state = StoreState.find(open_folder(path))
+    return state is not None and state.complete
+
+
+def _is_complete(path: StorePath, wanted: StoreManifest, *, need_sets: bool) -> bool:
     """Whether a finished store serves: the same rows, with at least the candidates that are wanted.
 
     Raises:
         RunFolderError: the store holds other rows.
     """
-    if not (path / MANIFEST_FILE).exists():
+    state = StoreState.find(open_folder(path))
+    if state is None or not state.complete:
         return False
-    reader = StoreReader(path, require_complete=False)
-    if not reader.complete:
-        return False
+    found = state.manifest
     differing = [
-        difference for difference in reader.manifest.differences(wanted) if not difference.startswith(_SET_KEYS)
+        difference
+        for difference in found.differences(wanted)
+        if (difference.startswith(_ONLINE_KEYS) if found.online else not difference.startswith(_SET_KEYS))
     ]
-    if need_sets and not _sets_serve(reader.manifest, wanted):
-        differing.append(f"candidate sets: found {_set_words(reader.manifest)}; expected {_set_words(wanted)} or more")
+    if need_sets and not _sets_serve(found, wanted):
+        differing.append(f"candidate sets: found {_set_words(found)}; expected {_set_words(wanted)} or more")
     if differing:
         raise RunFolderError(
             f"{path}: the finished store there was made otherwise than this job needs:\n  "
@@ -143,9 +232,7 @@ def _gold_manifest(config: Config, prompts: PromptTable, tokenizer: PreTrainedTo
 def _teacher_manifest(
     config: Config, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]
 ) -> StoreManifest:
-    options = config.algo.distill
-    # At p = 1 each set is the whole vocabulary: no ids are stored, and nothing about them.
-    has_ids = options.top_p < 1
+    record = record_options(config, stop_ids=stop_ids)
     return StoreManifest(
         kind="teacher",
         fingerprints={
@@ -153,9 +240,10 @@ def _teacher_manifest(
             "prompts": fingerprint_prompts(prompts, references=None),
             **_teacher_fingerprints(config, prompts),
         },
-        top_p=options.top_p,
-        always_include=tuple(stop_ids) if options.include_eos and has_ids else (),
-        has_logprobs=config.teacher.record_logprobs and has_ids,
+        top_p=record.top_p,
+        always_include=record.always_include,
+        has_logprobs=record.logprobs,
+        max_candidates=config.teacher.api_top_logprobs if is_remote(config) and config.algo.distill.top_p < 1 else None,
         sampling={
             "temperature": config.rollout.temperature,
             "top_p": config.rollout.top_p,
@@ -170,9 +258,25 @@ def _teacher_manifest(
     )
 
 
+def record_options(config: Config, *, stop_ids: Sequence[int]) -> RecordOptions:
+    """What the teacher's engines record for the job's store."""
+    options = config.algo.distill
+    # At p = 1 each set is the whole vocabulary: no ids are stored, and nothing about them.
+    has_ids = options.top_p < 1
+    return RecordOptions(
+        top_p=options.top_p,
+        always_include=tuple(stop_ids) if options.include_eos and has_ids else (),
+        logprobs=config.teacher.record_logprobs and has_ids,
+    )
+
+
 def _teacher_fingerprints(config: Config, prompts: PromptTable) -> dict[str, str]:
     """Of the teacher, or of each of them; and of what they see, where that is not what the student sees."""
-    models = {name: fingerprint_model_folder(model) for name, model in teacher_models(config).items()}
+    if is_remote(config):
+        # A server tells no more of its weights than their name.
+        models = {DEFAULT_TEACHER: f"served:{served_model(config)}"}
+    else:
+        models = {name: fingerprint_model_folder(model) for name, model in teacher_models(config).items()}
     found = {TEACHER_PREFIX + name: value for name, value in models.items()}
     if not is_routed(config):
         found = {"teacher": models[DEFAULT_TEACHER]}
@@ -211,7 +315,7 @@ def _versions() -> dict[str, str]:
 
 
 def _write_gold(
-    config: Config, path: Path, manifest: StoreManifest, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase
+    config: Config, path: StorePath, manifest: StoreManifest, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rollouts = gold_rollouts(prompts, tokenizer, str(config.data.label_key), config.data.max_len)
     with (
@@ -229,13 +333,14 @@ def _batches(rollouts: Iterable[Rollout], size: int) -> Iterator[list[Rollout]]:
         yield batch
 
 
-def _generate(config: Config, path: Path, manifest: StoreManifest, prompts: PromptTable) -> None:
+def _generate(config: Config, path: StorePath, manifest: StoreManifest, prompts: PromptTable) -> None:
     """Every missing row, one teacher after another: each has all the engines while it works."""
     record = RecordOptions(manifest.top_p, manifest.always_include, logprobs=manifest.has_logprobs)
     with StoreWriter(path, manifest, config.teacher.rows_per_shard) as writer:
-        # With it a repair can make rows again, from whatever run made the store.
-        shutil.copyfile(Path(config.ckpt.output_dir) / CONFIG_FILE, path / JOB_FILE)
-        for name, model in teacher_models(config).items():
+        # With it a repair can make rows again, from whatever run began the store.
+        writer.keep_job((Path(config.ckpt.output_dir) / CONFIG_FILE).read_text(encoding="utf-8"))
+        models = {DEFAULT_TEACHER: str(config.teacher.api_base)} if is_remote(config) else teacher_models(config)
+        for name, model in models.items():
             own = [prompt for prompt in prompts.prompts if prompt.teacher in (name, None)]
             title = f"teacher {name} generates" if is_routed(config) else "teacher generates"
             _generate_by(model, own, writer, config=config, record=record, title=title)
@@ -245,7 +350,7 @@ def _generate_by(
     model: str, prompts: Sequence[Prompt], writer: StoreWriter, *, config: Config, record: RecordOptions, title: str
 ) -> None:
     """The rows of one teacher; nothing is started where all are there."""
-    done = writer.completed_row_ids() | writer.quarantined_row_ids()
+    done = writer.settled_rows()
     num_pending = sum(1 for _ in rollout_requests(prompts, config=config, completed=done))
     if num_pending == 0:
         return

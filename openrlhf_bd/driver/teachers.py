@@ -13,7 +13,8 @@ from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.data.prompts import PromptTable
 from openrlhf_bd.data.routes import DEFAULT_TEACHER, is_routed, teacher_models, teacher_option
 from openrlhf_bd.driver.models import stop_tokens
-from openrlhf_bd.driver.resources import Stage
+from openrlhf_bd.driver.remote_teacher import is_remote
+from openrlhf_bd.driver.resources import Stage, makes_rows
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
 
@@ -22,16 +23,19 @@ def asked_teachers(config: Config, stages: Sequence[Stage]) -> dict[str, str | N
     """Model of each teacher that the stages load, by name; None where one is needed and not given.
 
     All of them generate. The one of --teacher.model_name_or_path also scores responses (eval.teacher_nll) and gives
-    its logits on pre-training text (kd_ratio).
+    its logits on pre-training text (kd_ratio). A teacher behind a server is not loaded.
 
     Raises:
         ConfigError: see `teacher_models`.
     """
+    if is_remote(config):
+        return {}
     models = teacher_models(config)
-    asked: dict[str, str | None] = {**models} if "generate" in stages else {}
+    makes = makes_rows(config, stages)
+    asked: dict[str, str | None] = {**models} if makes else {}
     scores = "evaluate" in stages and config.eval.teacher_nll
     is_live = "train" in stages and config.algo.distill.kd_ratio > 0
-    if scores or is_live or ("generate" in stages and not models):
+    if scores or is_live or (makes and not models):
         asked[DEFAULT_TEACHER] = models.get(DEFAULT_TEACHER)
     return asked
 
@@ -43,7 +47,7 @@ def check_stop_tokens(config: Config) -> None:
         DataError: the message names both models.
     """
     models = teacher_models(config)
-    if len(models) == 1:
+    if len(models) < 2:
         return
     (first, first_model), *others = models.items()
     expected = stop_tokens(first_model, config)

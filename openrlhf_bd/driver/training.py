@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from openrlhf_bd.driver.cluster import placed, wait_for
 from openrlhf_bd.driver.engines import student_engines
 from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.progress import console, stage_progress
+from openrlhf_bd.driver.schedule import Schedule
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.evaluate import validate
 from openrlhf_bd.records import Prompt
-from openrlhf_bd.store import StoreReader
 from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
+from openrlhf_bd.student.data import RowStores
 from openrlhf_bd.student.strategy import checkpoint_folder
 
 SNAPSHOT_SUFFIX = "_hf"
@@ -34,7 +34,8 @@ class TrainingInputs:
     """What a training stage reads.
 
     Attributes:
-        store_path: complete store of rows.
+        stores: of the rows.
+        schedule: steps of the stage.
         pretrain_path: pre-training blocks (.npy), or None.
         validation: validation prompts, empty where there are none.
         tokenizer: the student's.
@@ -42,7 +43,8 @@ class TrainingInputs:
         checker: exact correctness of a response, or None.
     """
 
-    store_path: Path
+    stores: RowStores
+    schedule: Schedule
     pretrain_path: Path | None
     validation: Sequence[Prompt]
     tokenizer: PreTrainedTokenizerBase
@@ -96,13 +98,6 @@ class Snapshots:
         shutil.rmtree(self.path(tag), ignore_errors=True)
 
 
-def num_steps(config: Config, num_rows: int) -> tuple[int, int]:
-    """(all optimizer steps, steps of one epoch)."""
-    per_epoch = math.ceil(num_rows / config.train.batch_size)
-    total = config.train.max_epochs * per_epoch
-    return (min(total, config.train.max_steps) if config.train.max_steps else total), per_epoch
-
-
 def check_start(start_step: int, num_steps: int, *, tag: str | None, config: Config) -> None:
     """Refuse a checkpoint of more steps than the run has: nothing would be trained.
 
@@ -141,7 +136,7 @@ class Training:
         self, config: Config, inputs: TrainingInputs, *, ranks: Any, engines: Sequence[Any], log: MetricsLog
     ) -> None:
         self._config, self._inputs, self._ranks, self._engines, self._log = config, inputs, ranks, engines, log
-        self._total, self._per_epoch = num_steps(config, len(StoreReader(inputs.store_path)))
+        self._total, self._per_epoch = inputs.schedule.total, inputs.schedule.per_epoch
         self._best: Selection | None = None
         self._snapshots = Snapshots(checkpoint_folder(config), checkpointed=saves_checkpoints(config))
 
@@ -153,7 +148,7 @@ class Training:
             progress.start_at(start_step)
             watch = Stopwatch()
             for step in range(start_step + 1, self._total + 1):
-                metrics = self._on_ranks("train_step", step, what=f"training step {step}")[0]
+                metrics = self._train_step(step)
                 metrics |= wall_clock_rates(metrics, watch.lap())
                 if step % self._config.logger.logging_steps == 0:
                     self._log.train(step, step / self._per_epoch, metrics)
@@ -164,6 +159,18 @@ class Training:
                     self._save_checkpoint(step)
                 progress.advance(note=f"loss {metrics['loss']:.4f}")
         return self._best
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step: its metrics."""
+        return dict(self._on_ranks("train_step", step, what=f"training step {step}")[0])
+
+    def _give_engines(self, step: int, folder: Path) -> None:
+        """Give the validation engines the student of a step, which is saved in a folder."""
+        wait_for(
+            [engine.load.remote(str(folder)) for engine in self._engines],
+            timeout_s=self._config.cluster.start_timeout_s,
+            what="the validation engines to load the student",
+        )
 
     def _on_ranks(self, method: str, *arguments: Any, what: str, **keywords: Any) -> list[Any]:
         refs = self._ranks.async_run_method(method, *arguments, **keywords)
@@ -180,12 +187,7 @@ class Training:
         tag = f"best_global_step{step}"
         folder = self._snapshots.path(tag)
         self._on_ranks("save_hf", str(folder), what=f"the student of step {step} to be saved")
-        timeout_s = self._config.cluster.start_timeout_s
-        wait_for(
-            [engine.load.remote(str(folder)) for engine in self._engines],
-            timeout_s=timeout_s,
-            what="the validation engines to load the student",
-        )
+        self._give_engines(step, folder)
         values = validate(
             self._engines,
             self._inputs.validation,
@@ -224,7 +226,6 @@ def started_ranks(config: Config, inputs: TrainingInputs) -> Iterator[Any]:
 
     world = config.actor.num_nodes * config.actor.num_gpus_per_node
     timeout_s = config.cluster.start_timeout_s
-    total, _ = num_steps(config, len(StoreReader(inputs.store_path)))
     with placed([{"CPU": 1.0, "GPU": 1.0}] * world, timeout_s=timeout_s, what="the student's ranks") as group:
         console.print(f"[dim]starting the student's ranks: {world}[/dim]", highlight=False)
         ranks = RayActorGroup(
@@ -234,9 +235,9 @@ def started_ranks(config: Config, inputs: TrainingInputs) -> Iterator[Any]:
             refs = ranks.async_init_model_from_pretrained(
                 make_strategy(config),
                 config,
-                store_path=str(inputs.store_path),
+                stores=inputs.stores,
                 pretrain_path=str(inputs.pretrain_path) if inputs.pretrain_path else None,
-                max_steps=total,
+                max_steps=inputs.schedule.total,
                 stop_ids=list(inputs.stop_ids),
             )
             wait_for(refs, timeout_s=timeout_s, what="the student's ranks to load the model")
@@ -247,41 +248,62 @@ def started_ranks(config: Config, inputs: TrainingInputs) -> Iterator[Any]:
 
 
 def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
-    """Train, select, and leave the selected student at the top of the run folder.
+    """Train on finished rows, and leave the selected student at the top of the run folder.
 
     Returns:
         What the run's record keeps: steps, the selection, seconds.
     """
-    started = time.monotonic()
-    folder = Path(config.ckpt.output_dir)
-    total, _ = num_steps(config, len(StoreReader(inputs.store_path)))
     first = str(config.actor.model_name_or_path)
     validation: AbstractContextManager[list[Any]] = (
         student_engines(config, model=first) if inputs.validation else nullcontext([])
     )
     with started_ranks(config, inputs) as ranks, validation as engines:
-        timeout_s = config.cluster.start_timeout_s
-        tag = newest_tag(checkpoint_folder(config) / ACTOR_FOLDER)
-        states = wait_for(
-            ranks.async_run_method("load_checkpoint", tag), timeout_s=timeout_s, what=f"checkpoint {tag} to load"
-        )[0]
-        start_step = states.get("step", 0)
-        check_start(start_step, total, tag=tag, config=config)
-        truncate_metrics(folder / METRICS_FILE, after_step=start_step)
-        log = MetricsLog(config, folder)
-        try:
-            training = Training(config, inputs, ranks=ranks, engines=engines, log=log)
-            best = training.run(start_step, states.get("best"))
-        finally:
-            log.close()
-        if best is None:
-            wait_for(
-                ranks.async_run_method("save_hf", str(selected_folder(config, None))),
-                timeout_s=timeout_s,
-                what="the student to be saved",
-            )
-    source = selected_folder(config, best.tag if best else None)
-    _copy_to_top(source, folder)
+
+        def train(start_step: int, best: dict[str, Any] | None, log: MetricsLog) -> Selection | None:
+            return Training(config, inputs, ranks=ranks, engines=engines, log=log).run(start_step, best)
+
+        return finish_training(config, inputs, ranks, train)
+
+
+def finish_training(
+    config: Config,
+    inputs: TrainingInputs,
+    ranks: Any,
+    train: Callable[[int, dict[str, Any] | None, MetricsLog], Selection | None],
+) -> dict[str, Any]:
+    """Resume started ranks from the newest checkpoint, train, and put the selected student at the top of the folder.
+
+    Args:
+        config: the job.
+        inputs: of the stage.
+        ranks: the student's.
+        train: trains from a step on, given the best student so far, and returns the selected one.
+
+    Returns:
+        What the run's record keeps: steps, the selection, seconds.
+    """
+    started = time.monotonic()
+    folder, total = Path(config.ckpt.output_dir), inputs.schedule.total
+    timeout_s = config.cluster.start_timeout_s
+    tag = newest_tag(checkpoint_folder(config) / ACTOR_FOLDER)
+    states = wait_for(
+        ranks.async_run_method("load_checkpoint", tag), timeout_s=timeout_s, what=f"checkpoint {tag} to load"
+    )[0]
+    start_step = states.get("step", 0)
+    check_start(start_step, total, tag=tag, config=config)
+    truncate_metrics(folder / METRICS_FILE, after_step=start_step)
+    log = MetricsLog(config, folder)
+    try:
+        best = train(start_step, states.get("best"), log)
+    finally:
+        log.close()
+    if best is None:
+        wait_for(
+            ranks.async_run_method("save_hf", str(selected_folder(config, None))),
+            timeout_s=timeout_s,
+            what="the student to be saved",
+        )
+    _copy_to_top(selected_folder(config, best.tag if best else None), folder)
     return {
         "steps": total,
         "selected_step": best.step if best else total,

@@ -53,6 +53,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("train/td_loss", "Temporal difference", "nats/token", "Squared implied reward, times its weight."),
         Metric("train/td_share", "Share of the temporal difference", "of the response loss, %", "", 100.0),
         Metric("train/tail_loss", "Tail", "nats/token", "Cross-entropy of the mass inside and outside the sets."),
+        Metric("train/forward_kl", "Forward KL", "nats/token", "Teacher to student, over sets and bucket."),
+        Metric("train/reverse_kl", "Reverse KL", "nats/token", "Student to teacher, over sets and bucket."),
         Metric("train/td_scale", "Warm-up of the temporal difference", "of its weight", "", smooth=False),
         Metric("train/ptx_loss", "Pre-training loss", "nats/token", "Loss on pre-training text, J_PT."),
         Metric("train/ptx_nll", "NLL of the pre-training text", "nats/token", "Its language-model part."),
@@ -77,6 +79,31 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "train/top1_overlap", "Agreement on the top token", _RATE, "First choice of student and teacher.", 100.0
         ),
+    ),
+    "Responses by source": (
+        Metric("train/student/share", "Student's share", "of the tokens, %", "Tokens that the student sampled.", 100.0),
+        Metric("train/teacher/policy_loss", "Loss on the teacher's responses", "nats/token", ""),
+        Metric("train/student/policy_loss", "Loss on the student's responses", "nats/token", ""),
+        Metric("train/teacher/td_loss", "Temporal difference, teacher's responses", "nats/token", ""),
+        Metric("train/student/td_loss", "Temporal difference, student's responses", "nats/token", ""),
+        Metric("train/teacher/reward", "Implied reward, teacher's responses", "nats", ""),
+        Metric("train/student/reward", "Implied reward, student's responses", "nats", ""),
+        Metric("train/teacher/reverse_kl", "Reverse KL, teacher's responses", "nats/token", ""),
+        Metric("train/student/reverse_kl", "Reverse KL, student's responses", "nats/token", ""),
+        Metric("train/teacher/out_of_set_rate", "Out-of-set rate, teacher's responses", _RATE, "", 100.0),
+        Metric("train/student/out_of_set_rate", "Out-of-set rate, student's responses", _RATE, "", 100.0),
+        Metric("train/student/teacher_nll", "Teacher's NLL of the student's tokens", "nats/token", "Lower is better."),
+        Metric(
+            "train/student/sampled_kl", "Reverse KL as sampled", "nats/token", "Of the student when it sampled them."
+        ),
+        Metric(
+            "train/student/log_ratio", "Move since sampling", "nats/token", "Log-probability now minus when sampled."
+        ),
+    ),
+    "Policy gradient": (
+        Metric("train/advantage", "Advantage", "nats", "Later rewards of a token, as minillm weighs it."),
+        Metric("train/importance", "Importance weight", "policy / behaviour", "Before it is clipped; 1 on-policy."),
+        Metric("train/clipped_rate", "Clipped tokens", "tokens, %", "Without a gradient, for PPO's clip.", 100.0),
     ),
     "The student's distribution": (
         Metric("train/entropy", "Entropy", "nats", "Of the student's next-token distribution."),
@@ -104,6 +131,24 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("train/time_forward_backward_s", "Forward and backward", "seconds", "Of one step."),
         Metric("train/time_optimizer_s", "Optimizer", "seconds", "Of one step."),
         Metric("train/time_data_s", "Reading the batch", "seconds", "Of one step."),
+    ),
+    "Rows made while training": (
+        Metric("train/student_rows", "Student's rows", "of the batch, %", "Sampled by the student itself.", 100.0),
+        Metric("train/staleness", "Staleness", "steps", "Of the student's rows, when they are used."),
+        Metric("train/staleness_max", "Largest staleness", "steps", "Of the step's rows."),
+        Metric("train/discarded_rows", "Discarded rows", "rows", "Too stale at their turn, and made again."),
+        Metric("train/time_rollout_wait_s", "Training waits for rows", "seconds", "Of one step."),
+        Metric("train/time_back_pressure_s", "Engines wait for training", "seconds", "All of them, held back."),
+        Metric("train/time_teacher_engines_s", "Teacher samples", "engine seconds", "Over all engines."),
+        Metric("train/time_student_engines_s", "Student samples", "engine seconds", "Over all engines."),
+        Metric("train/time_scoring_s", "Teacher scores", "engine seconds", "The student's rows."),
+        Metric("train/time_seal_s", "Sealing", "seconds", "Of the rows of one step."),
+        Metric("train/sync_s", "Update of the engines", "seconds", "From the ranks to the engines, in all."),
+        Metric("train/sync_pause_s", "Update: pause", "seconds", "Until the engines stood still."),
+        Metric("train/sync_gather_s", "Update: gather", "seconds", "Parameters put together from the ranks."),
+        Metric("train/sync_transfer_s", "Update: transfer", "seconds", "From rank 0 to the engines."),
+        Metric("train/sync_load_s", "Update: load", "seconds", "Into the engines' model."),
+        Metric("train/sync_reset_s", "Update: reset", "seconds", "Of the engines' prefix cache."),
     ),
 }
 

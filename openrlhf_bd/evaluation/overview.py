@@ -198,7 +198,8 @@ def _teachers(runs: Sequence[RunData]) -> str:
     """Names of the teachers; those of routes with the value that chooses them."""
     routes = [entry.partition("=") for run in runs for entry in str(run.option("teacher.routes") or "").split(",")]
     routed = dict.fromkeys(f"{_path_name(model.strip())} ({value.strip()})" for value, _, model in routes if model)
-    return ", ".join(name for name in (_names(runs, "teacher.model_name_or_path"), *routed) if name)
+    named = (_names(runs, "teacher.model_name_or_path"), _names(runs, "teacher.api_model"), *routed)
+    return ", ".join(name for name in named if name)
 
 
 def _range(numbers: Sequence[int | None]) -> str:

@@ -29,7 +29,7 @@ def check_flow(options: OnlineOptions) -> None:
     Raises:
         ConfigError: weights arrive more seldom than staleness allows.
     """
-    if options.rollout != "teacher" and options.sync_steps > options.max_staleness + 1:
+    if options.sync_steps > options.max_staleness + 1:
         raise ConfigError(
             f"--algo.distill.sync_steps {options.sync_steps} leaves the engines up to {options.sync_steps - 1} steps "
             f"behind, more than --algo.distill.max_staleness {options.max_staleness} allows; use --algo.distill."

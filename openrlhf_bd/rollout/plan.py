@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from openrlhf_bd.algorithms.base import Rollouts
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.order import RowOrder
 from openrlhf_bd.records import Prompt, Source
@@ -43,17 +44,19 @@ class RowPlan:
         prompts: prompts of the run.
         config: `rollout.n_samples_per_prompt`, `train.batch_size`, `train.seed`, `train.max_epochs`, `train.max_steps`,
             `algo.distill`.
+        rollout: whose responses, see `Needs.rollout_of`.
         offline_steps: optimizer steps before the first online one.
 
     Attributes:
+        rollout: whose responses.
         first_step: first online step.
         last_step: last one.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], config: Config, *, offline_steps: int = 0) -> None:
+    def __init__(self, prompts: Sequence[Prompt], config: Config, *, rollout: Rollouts, offline_steps: int = 0) -> None:
         self._prompt_ids = [prompt.prompt_id for prompt in prompts]
         self._num_samples = config.rollout.n_samples_per_prompt
-        self._options, self._seed = config.algo.distill, config.train.seed
+        self._options, self.rollout, self._seed = config.algo.distill, rollout, config.train.seed
         self._order = RowOrder(len(prompts) * self._num_samples, config.train.batch_size, config.train.seed)
         self.first_step = offline_steps + 1
         self.last_step = offline_steps + config.train.max_epochs * self._order.steps_per_epoch
@@ -92,16 +95,11 @@ class RowPlan:
 
     def student_fraction(self, step: int) -> float:
         """Expected share of a step's rows that the student samples."""
-        if self._options.rollout != "mixed":
-            return float(self._options.rollout == "student")
+        if self.rollout != "mixed":
+            return float(self.rollout == "student")
         warmup = self._options.student_warmup_steps
         grown = 1.0 if warmup == 0 else min(1.0, (step - self.first_step + 1) / warmup)
         return grown * self._options.student_fraction
-
-    @property
-    def has_student_rows(self) -> bool:
-        """Whether any step may need the student's engines."""
-        return self.student_fraction(self.last_step) > 0
 
 
 def _draw(seed: int, row_id: str) -> float:

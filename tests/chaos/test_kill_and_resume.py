@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.tiny_job import JOB_TIMEOUT_S, job_flags, run_job, write_inputs
+from tests.integration.tiny_job import JOB_TIMEOUT_S, job_environment, job_flags, run_job, write_inputs
 
 pytestmark = pytest.mark.chaos
 
@@ -42,9 +42,8 @@ def steps_of(run: Path) -> dict[int, dict[str, float]]:
 
 def kill_at_step(arguments: list[str], run: Path, step: int) -> int:
     """Starts the job, kills its driver outright once the step is on record; returns the last step that was."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     command = [sys.executable, "-m", "openrlhf_bd.cli.train_bd_ray", *arguments]
-    with subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, start_new_session=True) as job:
+    with subprocess.Popen(command, env=job_environment(), start_new_session=True) as job:
         deadline = time.monotonic() + JOB_TIMEOUT_S
         while step not in steps_of(run):
             assert job.poll() is None, f"the job ended by itself with {job.returncode}"

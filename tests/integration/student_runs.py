@@ -27,7 +27,7 @@ from openrlhf_bd.functional.candidates import top_p_candidates
 from openrlhf_bd.functional.head import DenseHead, mean_log_sum_exp
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
-from openrlhf_bd.student.actor import SHIFT_BATCHES
+from openrlhf_bd.student.data import SHIFT_STEPS, RowStores
 from openrlhf_bd.student.strategy import make_strategy
 from openrlhf_bd.upstream import RayActorGroup
 
@@ -148,7 +148,7 @@ def start(ranks: RayActorGroup, config: Config, material: Material) -> None:
         ranks.async_init_model_from_pretrained(
             make_strategy(config),
             config,
-            store_path=str(material.store),
+            stores=RowStores(str(material.store)),
             pretrain_path=str(material.pretrain),
             max_steps=STEPS,
             stop_ids=[STOP],
@@ -212,7 +212,7 @@ class PlainTraining:
     @torch.no_grad()
     def _shift(self) -> float:
         levels = []
-        for step in range(1, SHIFT_BATCHES + 1):
+        for step in range(1, SHIFT_STEPS + 1):
             batch = self._batch(step)
             levels.append(mean_log_sum_exp(dense_head(self.model, batch), batch.trajectories.has_action_S))
         return float(sum(total for total, _ in levels) / sum(count for _, count in levels))

@@ -56,6 +56,12 @@ def job_flags(folder: Path, output_dir: Path, **changes: str) -> list[str]:
     return [word for name, value in flags.items() if value for word in (f"--{name}", *value.split(" "))]
 
 
+def job_environment() -> dict[str, str]:
+    """Of a job's process: this one's, without what would lead it to another Ray session."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    return environment | {"OMP_NUM_THREADS": "1"}
+
+
 def run_job(
     *arguments: str,
     module: str = "openrlhf_bd.cli.train_bd_ray",
@@ -66,13 +72,11 @@ def run_job(
     Args:
         arguments: of the command.
         module: run by `python -m`.
-        environment: of the process; None: this one's, without what would lead it to another Ray session.
+        environment: of the process; None: that of `job_environment`.
     """
-    if environment is None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=job_environment() if environment is None else environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

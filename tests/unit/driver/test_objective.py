@@ -7,7 +7,7 @@ import pytest
 
 from openrlhf_bd.algorithms import resolve_algorithm
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.objective import check_kd_ratio, trained_temperature, unheld_logits
+from openrlhf_bd.driver.objective import check_kd_ratio, incomplete_sets, trained_temperature, unheld_logits
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreWriter
@@ -28,12 +28,12 @@ def warning_of(config: Config) -> str | None:
     return unheld_logits(config, resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill))
 
 
-def write_store(path: Path, sizes: list[int]) -> None:
-    """An unfinished store of one row with sets of these sizes."""
-    manifest = StoreManifest(kind="teacher", top_p=0.8, num_prompts=2)
+def write_store(path: Path, sizes: list[int], *, mass: float = 1.0, max_candidates: int | None = None) -> None:
+    """An unfinished store of one row with sets of these sizes, each of the same mass."""
+    manifest = StoreManifest(kind="teacher", top_p=0.8, num_prompts=2, max_candidates=max_candidates)
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     ids = np.arange(offsets[-1], dtype=np.int32)
-    sets = RecordedSets(ids, offsets, np.zeros(len(sizes), np.float32), None)
+    sets = RecordedSets(ids, offsets, np.full(len(sizes), -np.log(mass), np.float32), None)
     tokens = np.ones(len(sizes), np.int32)
     with StoreWriter(path, manifest) as writer:
         writer.append([Rollout("p:0", tokens, tokens, "stop", None, sets)])
@@ -81,7 +81,7 @@ def test_kd_ratio_needs_a_teacher_and_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tau", "warned"), [("bd", 2.0, True), ("kd", 0.5, True), ("bd", 1.0, False), ("sft", 2.0, False)]
+    ("name", "tau", "warned"), [("bd", 2.0, True), ("kd", 0.5, True), ("rkl", 2.0, True), ("bd", 1.0, False)]
 )
 def test_temperature_of_the_trained_policy_is_told(name: str, tau: float, warned: bool) -> None:
     """Where z / tau is trained, the plan says at which temperature the saved student gives that policy."""
@@ -91,3 +91,15 @@ def test_temperature_of_the_trained_policy_is_told(name: str, tau: float, warned
     assert (warning is not None) == warned
     if warning is not None:
         assert f"samples from at temperature {tau:g};" in warning
+
+
+def test_incomplete_sets_are_told_before_training(tmp_path: Path) -> None:
+    """Of four sets two have all K = 3 tokens and a mass below p; a run at a smaller p needs no warning."""
+    needs = resolve_algorithm("bd").needs_of(config_of(tmp_path).algo.distill)
+    assert incomplete_sets(config_of(tmp_path, top_p=0.8), needs) is None
+    write_store(tmp_path / "teacher_data", [3, 1, 3, 2], mass=0.7, max_candidates=3)
+    warning = incomplete_sets(config_of(tmp_path, top_p=0.8), needs)
+    assert warning is not None
+    assert warning.startswith("50.0% of the candidate sets")
+    assert "the 3 likeliest tokens hold less than --algo.distill.top_p 0.8" in warning
+    assert incomplete_sets(config_of(tmp_path, top_p=0.7), needs) is None

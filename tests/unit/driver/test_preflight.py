@@ -11,7 +11,9 @@ from rich.console import Console
 import openrlhf_bd.demo
 from openrlhf_bd.cli.flags import main_guard, parse_config
 from openrlhf_bd.cli.main import main
+from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.preflight import preflight
+from openrlhf_bd.driver.rank_memory import rank_bytes
 from openrlhf_bd.driver.resources import check_cluster
 from openrlhf_bd.driver.teachers import tokenizer_differences
 from openrlhf_bd.errors import ConfigError, ResourceError
@@ -29,6 +31,7 @@ def save_model(folder, *, hidden_size=32, vocab_size=640, **changes):
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "head_dim": 32,
         "max_position_embeddings": 512,
     }
     config = Qwen2Config(vocab_size=vocab_size, eos_token_id=0, **(shape | changes))
@@ -71,6 +74,13 @@ def config_of(*argv):
     return parse_config([*BASE, *argv], prog="openrlhf-bd train", description="Train.")[0]
 
 
+@pytest.mark.parametrize(("url", "finding"), [("nosuch://a/b", "cannot be reached"), ("memory://a", "one process")])
+def test_store_that_ranks_cannot_open(room, url, finding):
+    """A URL that no package reaches, or that lives in one process, is refused by the flag."""
+    with pytest.raises(ConfigError, match=f"--teacher.store_path {url}.*{finding}"):
+        preflight(config_of("--teacher.store_path", url))
+
+
 def test_plan(room):
     """The plan counts rows, tokens, steps, actors and GPUs of each stage, and nothing is written."""
     before = sorted(room.rglob("*"))
@@ -98,6 +108,12 @@ def test_plan_can_be_printed(room):
     text = console.file.getvalue()
     for part in ("generate", "train", "evaluate", "2 student ranks", "runs/new/teacher_data", "4 prompts", "free"):
         assert part in text
+    # 4 prompts, at most 100 tokens each with their response; 40 bytes a response token, and 4 a token of the prompt.
+    (rows,) = [use for use in plan.disk if use.what == "teacher's data"]
+    prompt_tokens = sum(len(prompt.token_ids) for prompt in plan.tables["train"].prompts)
+    assert rows.num_bytes == 40 * (4 * 100 - prompt_tokens) + 4 * prompt_tokens
+    assert "assumed: at most" in text
+    assert "plan --measure measures it" in text
     assert "warning: nothing holds the logits outside the candidate sets" in text
     assert "warning: --train.batch_size 8 is more than the 4 rows" in text
 
@@ -232,6 +248,14 @@ def other_family():
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained("student")
 
 
+def stop_token_beyond_the_embeddings():
+    (Path("teacher") / "generation_config.json").write_text('{"eos_token_id": [0, 640]}', encoding="utf-8")
+
+
+def encoder():
+    replace("teacher/config.json", '"Qwen2ForCausalLM"', '"Qwen2Model"')
+
+
 def nothing():
     pass
 
@@ -246,6 +270,12 @@ BAD_INPUT = {
         ["--actor.model_name_or_path", "./studnt"],
         ["./studnt", "no such folder", 'did you mean "student"?', "--actor.model_name_or_path"],
     ),
+    "stop token beyond the embeddings": (
+        stop_token_beyond_the_embeddings,
+        [],
+        ["teacher: its responses end at the tokens [640]", "640 embeddings", "generation_config.json"],
+    ),
+    "model that writes no text": (encoder, [], ["teacher: its config.json says Qwen2Model", "ForCausalLM"]),
     "student is a file": (nothing, ["--actor.model_name_or_path", "train.jsonl"], ["train.jsonl: is a file"]),
     "folder without a model": (nothing, ["--actor.model_name_or_path", "."], ["has no config.json"]),
     "only pickled weights": (only_pickle, [], ["student", "only pytorch_model.bin", "safetensors", "save_pretrained"]),
@@ -366,8 +396,13 @@ BAD_INPUT = {
     ),
     "kd without sets": (
         nothing,
-        ["--algo.distill.name", "kd", "--algo.distill.top_p", "1", "--algo.distill.linear_term", "sampled"],
+        ["--algo.distill.name", "kd", "--algo.distill.top_p", "1"],
         ["--algo.distill.name kd with --algo.distill.top_p 1", "below 1"],
+    ),
+    "an option that the algorithm does not read": (
+        nothing,
+        ["--algo.distill.name", "kd", "--algo.distill.linear_term", "sampled"],
+        ["--algo.distill.name kd does not read --algo.distill.linear_term sampled", "leave it out", "it reads top_p,"],
     ),
     "diverging pair": (nothing, ["--ds.zero_stage", "0", "--ds.param_dtype", "bf16"], ["--ds.zero_stage 0", "bf16"]),
     "fewer rows than ranks": (
@@ -478,6 +513,25 @@ def test_tokenizer_differences():
     ]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="engines run on GPUs here")
+def test_head_size_that_no_cpu_kernel_has(room, monkeypatch):
+    """A model that vLLM cannot run on CPUs is refused where an engine would host it, and nowhere else."""
+    save_model("small_heads", head_dim=8)
+    with pytest.raises(ConfigError, match=r"small_heads: .* size 8, .*32, 64, 80.*\(--teacher.model_name_or_path\)"):
+        preflight(config_of("--teacher.model_name_or_path", "small_heads"))
+    student = ("--actor.model_name_or_path", "small_heads")
+    with pytest.raises(ConfigError, match=r"\(--actor.model_name_or_path\); take another model, or run on GPUs"):
+        preflight(config_of(*student))
+    # No engine samples from a student that is neither validated nor evaluated.
+    preflight(config_of(*student, "--eval.dataset", "none", "--eval.test_datasets", "none"))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    plan = preflight(config_of(*student))
+    for device in ("cuda", None):
+        check_head_sizes(config_of(*student), plan.models, device=device, stages=("train",))
+    with pytest.raises(ConfigError, match="size 8"):
+        check_head_sizes(config_of(*student), plan.models, device="cpu", stages=("train",))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Liger's kernels can run here")
 def test_liger_needs_cuda(room):
     """--ds.use_liger_kernel on a machine without CUDA is refused before an actor starts."""
@@ -503,6 +557,43 @@ def test_muon_decays_norms_too(room):
     assert any("biases and norms decay too" in warning for warning in plan.warnings)
 
 
+def test_disk_that_may_be_too_small(room, monkeypatch):
+    """Each disk is looked at by itself, and one that may be too small for what goes there is named."""
+    shared = Path("/dev/shm")
+    if shared.stat().st_dev == room.stat().st_dev:
+        pytest.skip("one disk alone here")
+    monkeypatch.setattr("openrlhf_bd.driver.disk.free_bytes", lambda path: 10 if shared in path.parents else 10**15)
+    plan = preflight(config_of("--teacher.store_path", str(shared / "rows")))
+    assert [text for text in plan.warnings if "may not fit into the 10 B that are free in /dev/shm/rows" in text]
+    assert not [text for text in plan.warnings if "runs/new" in text]
+
+
+def test_disk_space_of_pretraining_blocks(room):
+    """Blocks of pre-training text take 4 bytes a token for as many as the steps read."""
+    argv = ["--data.pretrain_dataset", "text.jsonl", "--train.pretrain_batch_size", "4", "--train.max_steps", "2"]
+    (blocks,) = [use for use in preflight(config_of(*argv)).disk if use.what == "pre-training blocks"]
+    # 2 steps of 4 blocks of 100 tokens.
+    assert blocks.num_bytes == 2 * 4 * 100 * 4
+
+
+def test_memory_of_a_rank(room):
+    """Weights, gradients and moments of a rank, shared over the ranks as the stage of ZeRO says."""
+    student = preflight(config_of()).models["--actor.model_name_or_path"]
+
+    def found(*argv):
+        return rank_bytes(config_of(*argv), student)
+
+    # 50,400 numbers on 2 ranks; in fp32 weights and gradients of 4 bytes, moments of 8.
+    numbers = 50_400
+    assert found("--ds.zero_stage", "0") == numbers * (4 + 4 + 8)
+    assert found("--ds.zero_stage", "1") == numbers * (4 + 4 + 4)
+    assert found("--ds.zero_stage", "2") == numbers * (4 + 2 + 4)
+    assert found("--ds.zero_stage", "3") == numbers * (2 + 2 + 4)
+    # In bf16 half of that, and a copy in fp32 beside the moments.
+    assert found("--ds.zero_stage", "3", "--ds.param_dtype", "bf16") == numbers * (1 + 1 + 6)
+    assert found("--ds.lora.rank", "2") == numbers * 4
+
+
 def test_disk_space_of_checkpoints(room):
     """A checkpoint takes the weights, Adam's states and each average; with adapters the weights alone."""
     often = ("--ckpt.save_steps", "1", "--ckpt.max_num", "1", "--eval.dataset", "none")
@@ -510,9 +601,9 @@ def test_disk_space_of_checkpoints(room):
         preflight(config_of(*often, *extra), stages=["train"]).disk_bytes
         for extra in ((), ("--train.enable_ema",), ("--train.enable_ema", "--ds.lora.rank", "4"))
     )
-    # The student has 47,264 numbers of 4 bytes: two copies of it, and a second checkpoint before the first one goes.
+    # The student has 50,400 numbers of 4 bytes: two copies of it, and a second checkpoint before the first one goes.
     # Adam keeps 12 bytes for each trained number, an average 4.
-    numbers = 47_264
+    numbers = 50_400
     assert plain == numbers * (2 * 4 + 2 * (4 + 12))
     assert ema == numbers * (2 * 4 + 2 * (4 + 12 + 4))
     assert lora == numbers * (2 * 4 + 2 * 4)

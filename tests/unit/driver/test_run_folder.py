@@ -62,8 +62,20 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
     """Two processes cannot write to one run folder; the message names the first."""
     with RunFolder.open(tmp_path / "run", {}):
         pid = (tmp_path / "run" / ".lock").read_text(encoding="utf-8")
-        with pytest.raises(RunFolderError, match=f"process {pid}"), RunFolder.open(tmp_path / "run", {}):
+        with pytest.raises(RunFolderError, match=f"process {pid} is writing"):
+            RunFolder.check(tmp_path / "run", {})
+        with pytest.raises(RunFolderError, match=f"process {pid} is writing"), RunFolder.open(tmp_path / "run", {}):
             pass
+    RunFolder.check(tmp_path / "run", {})
+
+
+def test_folder_of_a_run_that_was_killed_at_its_first_step(tmp_path: Path) -> None:
+    """A lock that nobody holds, and a record that has no name yet, are no other run."""
+    (tmp_path / ".lock").write_text("4194305", encoding="utf-8")
+    (tmp_path / "run.json.tmp").write_text('{"ident', encoding="utf-8")
+    with RunFolder.open(tmp_path, {"x": 1}):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "run.json"}
 
 
 def test_record_is_json(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
+            head_dim=32,
             max_position_embeddings=256,
             eos_token_id=0,
         )

@@ -6,7 +6,8 @@ import pytest
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.metrics import Stopwatch, truncate_metrics, wall_clock_rates
-from openrlhf_bd.driver.training import Snapshots, check_start, is_checkpoint_step, num_steps
+from openrlhf_bd.driver.schedule import Schedule, shuffled_schedule
+from openrlhf_bd.driver.training import Snapshots, check_start, is_checkpoint_step
 from openrlhf_bd.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ from openrlhf_bd.errors import ConfigError
 def test_number_of_steps(batch_size: int, max_epochs: int, max_steps: int | None, expected: tuple[int, int]) -> None:
     """Steps of all epochs, the last partial batch counted, at most --train.max_steps."""
     train = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps}
-    assert num_steps(Config.model_validate({"train": train}), 10) == expected
+    assert shuffled_schedule(Config.model_validate({"train": train}), 10) == Schedule(*expected)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,9 @@ def make_store_summary() -> StoreSummary:
         mean_response_length=410.0,
         response_length_quantiles={0.5: 400, 0.9: 480, 0.99: 500, 1.0: 512},
         rows_by_teacher={},
+        length_histogram=[(385, 512, {"length": 4, "stop": 96})],
         finish_reasons={"length": 4, "stop": 96},
+        online=None,
         num_states=41_004,
         sets=SetSummary(
             num_states=41_004,
@@ -173,6 +175,7 @@ def make_store_summary() -> StoreSummary:
             ],
             one_token_share=0.683,
             mean_mass=0.984,
+            incomplete_share=None,
             out_of_set_rate=0.017,
             sorted_mass=mass,
         ),

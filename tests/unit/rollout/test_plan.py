@@ -24,7 +24,7 @@ def plan(
             "algo": {"distill": {"mode": "online", **options}},
         }
     )
-    return RowPlan(prompts, config, offline_steps=offline)
+    return RowPlan(prompts, config, rollout=config.algo.distill.rollout or "mixed", offline_steps=offline)
 
 
 def test_every_epoch_has_new_samples_of_every_prompt() -> None:
