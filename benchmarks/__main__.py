@@ -14,8 +14,14 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 # Arguments that bring a script down to a minute or so; one that is not here has such defaults of its own.
 QUICK = {
+    "engine_scaling": ["--rows", "256", "--rounds", "1"],
     "loss_head": ["--states", "512", "--vocabulary", "50257", "--rounds", "1", "--repeats", "1"],
+    "online_memory": ["--steps", "60", "--every", "20", "--settled", "20"],
+    "online_overlap": ["--quick"],
+    "online_step": ["--quick"],
+    "recording": ["--layers", "2", "--rows", "16", "--tokens", "4", "--repeats", "2"],
     "step_growth": ["--scale", "0.1", "--repeats", "1"],
+    "store_growth": ["--rows", "10000"],
     "store_throughput": ["--rows", "2048"],
     "train_step": ["--quick"],
 }

@@ -30,6 +30,10 @@ ROBUST: dict[str, Any] = {
     "tail_estimator": "exact",
     "tail_samples": 4096,
     "tail_tolerance": 0.0,
+    "student_target": "forward",
+    "student_tail": True,
+    "student_td": True,
+    "student_out_of_set": "drop",
 }
 
 PAPER: dict[str, Any] = {
@@ -41,6 +45,7 @@ PAPER: dict[str, Any] = {
     "q_min": -10.0,
     "linear_term": "sampled",
     "tail_coef": 0.0,
+    "student_target": "none",
 }
 
 PRESETS = {"robust": ROBUST, "paper": PAPER}
