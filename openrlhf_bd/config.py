@@ -364,6 +364,9 @@ class TrainConfig(Section):
     )
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps, whatever the epochs")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="seed of order, sampling and initialisation")
+    colocate_all: bool = Field(
+        False, description="online: the student's engines share its ranks' GPUs, and sleep while these train"
+    )
     full_determinism_enable: bool = Field(False, description="deterministic kernels")
     enable_ema: bool = Field(
         False, description="validate and save a running average of the weights instead of the weights themselves"

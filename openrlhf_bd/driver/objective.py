@@ -85,6 +85,29 @@ def check_online(config: Config, needs: Needs) -> None:
         )
 
 
+def check_colocation(config: Config, needs: Needs) -> None:
+    """Refuse engines that cannot share the ranks' GPUs.
+
+    Raises:
+        ConfigError: the message names the options to change.
+    """
+    if not config.train.colocate_all:
+        return
+    distill, num_engines = config.algo.distill, config.vllm.num_engines or 1
+    if distill.mode == "offline" or not needs.student_samples(distill):
+        raise ConfigError(
+            "--train.colocate_all is for the student's engines of an online run, and this run has none; use "
+            "--algo.distill.mode online with --algo.distill.rollout student or mixed"
+        )
+    num_ranks = config.actor.num_nodes * config.actor.num_gpus_per_node
+    if config.vllm.tensor_parallel_size > 1 or num_engines > num_ranks:
+        raise ConfigError(
+            f"--train.colocate_all puts one engine on a rank's GPU: found {num_engines} engines of "
+            f"{config.vllm.tensor_parallel_size} GPUs for {num_ranks} ranks; use --vllm.tensor_parallel_size 1 and "
+            f"--vllm.num_engines {num_ranks} or less"
+        )
+
+
 def _check_whose_rows(config: Config, needs: Needs) -> None:
     """Refuse offline rows of which the algorithm cannot learn."""
     name, path = config.algo.distill.name, rows_path(config, needs)

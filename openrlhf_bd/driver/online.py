@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import ray
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.cluster import wait_for
+from openrlhf_bd.driver.cluster import cluster_device, wait_for
 from openrlhf_bd.driver.engines import (
+    GPU_SHARE,
     EngineActors,
     engine_sync,
     rollout_engines,
@@ -23,7 +24,7 @@ from openrlhf_bd.driver.engines import (
 from openrlhf_bd.driver.metrics import MetricsLog
 from openrlhf_bd.driver.producer import Producer
 from openrlhf_bd.driver.run_folder import CONFIG_FILE
-from openrlhf_bd.driver.training import Selection, Training, TrainingInputs, finish_training, started_ranks
+from openrlhf_bd.driver.training import Selection, Training, TrainingInputs, finish_training, rank_places, started_ranks
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Prompt
@@ -85,19 +86,44 @@ class OnlineTraining(Training):
         self._plan, self._producer, self._trained = plan, producer, trained
         self._students, self._sync = students, sync
         self._version = trained
+        self._is_colocated = config.train.colocate_all
+        # On CPUs there is no memory of a device to give back; engines only rest.
+        self._sleeps = self._is_colocated and cluster_device() == "cuda"
 
     def _train_step(self, step: int) -> dict[str, float]:
         if step >= self._plan.first_step:
             self._producer.wait_for_rows(step, on_idle=self._give_new_engines_weights)
-        refs = self._ranks.async_run_method("train_step", step)
-        what = f"training step {step}"
-        self._produce_beside(refs, what=what)
-        metrics = dict(wait_for(refs, timeout_s=1.0, what=what)[0])
+        with self._engines_off_gpus():
+            refs = self._ranks.async_run_method("train_step", step)
+            what = f"training step {step}"
+            self._produce_beside(refs, what=what)
+            metrics = dict(wait_for(refs, timeout_s=1.0, what=what)[0])
         self._trained = step
         self._producer.trained(step)
         if self._is_sync_step(step):
             metrics |= self._give_weights(step)
+        elif self._sleeps:
+            self._on_students("wake_up")
         return {**metrics, **self._producer.lap(step)}
+
+    @contextmanager
+    def _engines_off_gpus(self) -> Iterator[None]:
+        """Inside, engines that share the ranks' GPUs do nothing there; afterwards they have room for weights again."""
+        if not self._is_colocated:
+            yield
+            return
+        with self._producer.students_resting():
+            if self._sleeps:
+                self._on_students("sleep")
+            yield
+            if self._sleeps:
+                self._on_students("wake_up", "weights")
+
+    def _on_students(self, method: str, *arguments: Any) -> None:
+        assert self._students is not None
+        refs = [getattr(engine, method).remote(*arguments) for engine in self._students.handles]
+        timeout_s = self._config.cluster.sync_timeout_s
+        wait_for(refs, timeout_s=timeout_s, what=f"the student's engines: {method.replace('_', ' ')}")
 
     def _produce_beside(self, refs: Sequence[Any], *, what: str) -> None:
         """Make rows until the ranks are done, one of them fails, or they are over their time."""
@@ -139,7 +165,7 @@ class OnlineTraining(Training):
         self._producer.wait_for_students()
         if self._producer.needs_weights:
             assert self._students is not None
-            self._sync = engine_sync(self._config, self._ranks, self._students)
+            self._sync = engine_sync(self._config, self._ranks, self._students, shared=self._is_colocated)
 
     def _validate(self, step: int) -> None:
         if self._sync is None:
@@ -176,11 +202,14 @@ def train_online(config: Config, inputs: TrainingInputs, online: OnlineInputs) -
     record = RecordOptions(manifest.top_p, manifest.always_include, logprobs=manifest.has_logprobs)
     with ExitStack() as stack:
         writer = stack.enter_context(_writer(config, online))
-        ranks = stack.enter_context(started_ranks(config, inputs))
+        places = stack.enter_context(rank_places(config))
+        shared = places if config.train.colocate_all else None
+        gpu_share = 1.0 if shared is None else 1.0 - GPU_SHARE
+        ranks = stack.enter_context(started_ranks(config, inputs, places, gpu_share=gpu_share))
         teachers = stack.enter_context(
             teacher_engines(config, model=online.teacher, record=record, num_engines=config.teacher.num_engines)
         )
-        students = stack.enter_context(rollout_engines(config, model=first)) if samples else None
+        students = stack.enter_context(rollout_engines(config, model=first, shared=shared)) if samples else None
         engines: Sequence[Any] = ()
         if students is not None:
             engines = students.handles
@@ -188,7 +217,7 @@ def train_online(config: Config, inputs: TrainingInputs, online: OnlineInputs) -
             engines = stack.enter_context(student_engines(config, model=first))
 
         def train(start_step: int, best: dict[str, Any] | None, log: MetricsLog) -> Selection | None:
-            sync = None if students is None else engine_sync(config, ranks, students)
+            sync = None if students is None else engine_sync(config, ranks, students, shared=shared is not None)
             if sync is not None:
                 sync.sync(start_step)
             producer = Producer(

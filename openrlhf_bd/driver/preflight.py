@@ -33,7 +33,14 @@ from openrlhf_bd.driver.engine_limits import check_head_sizes, known_device
 from openrlhf_bd.driver.evaluation import load_test_sets
 from openrlhf_bd.driver.model_files import STUDENT_OPTION, ModelFacts, inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
-from openrlhf_bd.driver.objective import check_kd_ratio, check_online, trained_temperature, unheld_logits, uses_pretrain
+from openrlhf_bd.driver.objective import (
+    check_colocation,
+    check_kd_ratio,
+    check_online,
+    trained_temperature,
+    unheld_logits,
+    uses_pretrain,
+)
 from openrlhf_bd.driver.plan import Plan, StagePlan
 from openrlhf_bd.driver.rank_memory import rank_memory_notes
 from openrlhf_bd.driver.remote_teacher import check_remote_options, check_server, is_remote
@@ -155,6 +162,7 @@ def _check_options(config: Config, stages: Sequence[Stage], needs: Needs) -> Non
         _check_recorded(config, needs)
         _check_training_options(config)
         check_online(config, needs)
+        check_colocation(config, needs)
 
 
 def _check_recorded(config: Config, needs: Needs) -> None:

@@ -24,6 +24,7 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.driver.engines import EngineActors
 from openrlhf_bd.errors import BDError, ClusterError
 from openrlhf_bd.records import Origin, Prompt, Rollout
+from openrlhf_bd.rollout.calls import control
 from openrlhf_bd.rollout.flow import Flow
 from openrlhf_bd.rollout.mixture import mixture_logprobs
 from openrlhf_bd.rollout.plan import PlannedRow, RowPlan
@@ -165,7 +166,7 @@ class Producer:
         Raises:
             ClusterError: no more may be replaced.
         """
-        asked = [(engine, engine.handle.progress.remote()) for engine in self._students if engine.is_ready]
+        asked = [(engine, control(engine.handle.progress).remote()) for engine in self._students if engine.is_ready]
         dead = [engine for engine, ref in asked if not _answers(ref)]
         for engine in dead:
             self._lose_engine(engine, "it does not answer")

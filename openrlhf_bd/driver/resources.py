@@ -34,7 +34,8 @@ def stage_actors(config: Config, stage: Stage) -> tuple[ActorGroup, ...]:
     engines = ActorGroup(
         "student engines",
         vllm.num_engines or 1,
-        vllm.tensor_parallel_size,
+        # On the ranks' own.
+        0 if stage == "train" and config.train.colocate_all else vllm.tensor_parallel_size,
         f"--vllm.num_engines {vllm.num_engines or 1} x --vllm.tensor_parallel_size {vllm.tensor_parallel_size}",
     )
     flags = f"--teacher.num_engines {teacher.num_engines} x {teacher_size}"

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.util.placement_group import PlacementGroup
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.config import Config
@@ -216,35 +217,52 @@ class Training:
 
 
 @contextmanager
-def started_ranks(config: Config, inputs: TrainingInputs) -> Iterator[Any]:
-    """The student's DeepSpeed ranks, with model, optimizer and data ready."""
+def rank_places(config: Config) -> Iterator[PlacementGroup]:
+    """Room for the student's ranks: bundle i has rank i, and the GPU that others may share with it."""
+    world = config.actor.num_nodes * config.actor.num_gpus_per_node
+    bundles = [{"CPU": 1.0, "GPU": 1.0}] * world
+    with placed(bundles, timeout_s=config.cluster.start_timeout_s, what="the student's ranks") as group:
+        yield group
+
+
+@contextmanager
+def started_ranks(
+    config: Config, inputs: TrainingInputs, places: PlacementGroup, *, gpu_share: float = 1.0
+) -> Iterator[Any]:
+    """The student's DeepSpeed ranks, with model, optimizer and data ready.
+
+    Args:
+        config: the job.
+        inputs: of the stage.
+        places: of `rank_places`.
+        gpu_share: of its GPU that a rank takes in Ray's books.
+    """
     import ray
 
     from openrlhf_bd.student.actor import StudentRank
     from openrlhf_bd.student.strategy import make_strategy
     from openrlhf_bd.upstream import RayActorGroup
 
-    world = config.actor.num_nodes * config.actor.num_gpus_per_node
-    timeout_s = config.cluster.start_timeout_s
-    with placed([{"CPU": 1.0, "GPU": 1.0}] * world, timeout_s=timeout_s, what="the student's ranks") as group:
-        console.print(f"[dim]starting the student's ranks: {world}[/dim]", highlight=False)
-        ranks = RayActorGroup(
-            config.actor.num_nodes, config.actor.num_gpus_per_node, StudentRank, pg=group, num_gpus_per_actor=1
+    actor, timeout_s = config.actor, config.cluster.start_timeout_s
+    world = actor.num_nodes * actor.num_gpus_per_node
+    console.print(f"[dim]starting the student's ranks: {world}[/dim]", highlight=False)
+    ranks = RayActorGroup(
+        actor.num_nodes, actor.num_gpus_per_node, StudentRank, pg=places, num_gpus_per_actor=gpu_share
+    )
+    try:
+        refs = ranks.async_init_model_from_pretrained(
+            make_strategy(config),
+            config,
+            stores=inputs.stores,
+            pretrain_path=str(inputs.pretrain_path) if inputs.pretrain_path else None,
+            max_steps=inputs.schedule.total,
+            stop_ids=list(inputs.stop_ids),
         )
-        try:
-            refs = ranks.async_init_model_from_pretrained(
-                make_strategy(config),
-                config,
-                stores=inputs.stores,
-                pretrain_path=str(inputs.pretrain_path) if inputs.pretrain_path else None,
-                max_steps=inputs.schedule.total,
-                stop_ids=list(inputs.stop_ids),
-            )
-            wait_for(refs, timeout_s=timeout_s, what="the student's ranks to load the model")
-            yield ranks
-        finally:
-            for actor in ranks._actor_handlers:
-                ray.kill(actor)
+        wait_for(refs, timeout_s=timeout_s, what="the student's ranks to load the model")
+        yield ranks
+    finally:
+        for actor in ranks._actor_handlers:
+            ray.kill(actor)
 
 
 def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
@@ -257,7 +275,7 @@ def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
     validation: AbstractContextManager[list[Any]] = (
         student_engines(config, model=first) if inputs.validation else nullcontext([])
     )
-    with started_ranks(config, inputs) as ranks, validation as engines:
+    with rank_places(config) as places, started_ranks(config, inputs, places) as ranks, validation as engines:
 
         def train(start_step: int, best: dict[str, Any] | None, log: MetricsLog) -> Selection | None:
             return Training(config, inputs, ranks=ranks, engines=engines, log=log).run(start_step, best)

@@ -8,6 +8,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from openrlhf_bd.rollout.calls import control
+
 # Asked no more often than this; a longer time between two looks is the driver's own absence.
 INTERVAL_S = 1.0
 ABSENCE_S = 5.0
@@ -37,7 +39,7 @@ class Pulse:
         self._looked_at = now
         if self._asked is None:
             if now - self._asked_at > INTERVAL_S:
-                self._asked, self._asked_at = self._handle.progress.remote(), now
+                self._asked, self._asked_at = control(self._handle.progress).remote(), now
         elif ray.wait([self._asked], timeout=0)[0]:
             self._note(self._asked)
             self._asked = None

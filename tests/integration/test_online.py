@@ -135,7 +135,7 @@ def test_offline_run_over_the_rows_repeats_every_loss(inputs: Path, mixed_run: P
 
 
 def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
-    """Two steps from a finished store, then four whose rows all come from the newest student, none staler."""
+    """Two steps from a finished store, then four on rows of the newest student alone, whose engine shares a GPU."""
     folder = run(
         inputs,
         "warm",
@@ -145,6 +145,7 @@ def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
         algo__distill__max_staleness="0",
         algo__distill__stale_rows="discard",
         algo__distill__in_flight="abort",
+        train__colocate_all="true",
         eval__dataset="",
     )
     rows = rows_of(folder)
