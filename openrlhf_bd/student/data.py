@@ -311,8 +311,10 @@ class StudentData:
 
         An online run has no more at its start, and an offline run over its rows must find the same constant.
         """
-        first = self.source(1)
-        return SHIFT_STEPS if first.is_shuffled else 1
+        if not self.source(1).is_shuffled:
+            return 1
+        # Rows of online steps are not there yet.
+        return min(SHIFT_STEPS, self._offline_steps) if self._online is not None else SHIFT_STEPS
 
     def source(self, step: int) -> RowSource:
         """The store that a step reads."""
