@@ -1,7 +1,8 @@
 """Jobs of the online benchmarks: models and prompts on disk, the real command line, and what its metrics say.
 
-Both models have random weights and the demo's tokenizer, in which a digit is a token: prompts are random digits. The
-token that ends a response is one of tens of thousands, so nearly all responses have the length that is asked for.
+Both models have random weights and the tokenizer of the demo, in which a digit is a token: prompts are random digits.
+Where one token of tens of thousands ends a response, nearly all have the length that is asked for; where more do,
+lengths vary as those of real responses do.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ SHAPES = {
 }
 
 
-def write_model(folder: Path, shape: str, *, vocab_size: int, logit_std: float, seed: int) -> int:
+def write_model(
+    folder: Path, shape: str, *, vocab_size: int, logit_std: float, seed: int, stop_share: float = 0.0
+) -> int:
     """A model with random weights and its tokenizer; the number of its parameters.
 
     Args:
@@ -63,6 +66,7 @@ def write_model(folder: Path, shape: str, *, vocab_size: int, logit_std: float, 
         vocab_size: ids.
         logit_std: standard deviation of its logits; random weights as they are would be near to uniform.
         seed: of the weights.
+        stop_share: share of the ids that end a response, beside the tokenizer's own: about the chance at each token.
     """
     size, tokenizer = SHAPES[shape], AutoTokenizer.from_pretrained(TEACHER_FOLDER)
     config = Qwen2Config(
@@ -82,7 +86,8 @@ def write_model(folder: Path, shape: str, *, vocab_size: int, logit_std: float, 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         final_norm(model).weight.fill_(logit_std / (INITIAL_STD * hidden_size(model) ** 0.5))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    first_stop = vocab_size - round(stop_share * vocab_size)
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, *range(first_stop, vocab_size)])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return num_parameters(model)
@@ -145,6 +150,8 @@ class Job:
         """
         names = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = names | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # Ray's workers give way to everything else on a machine; what they are compared with does not.
+        environment["RAY_worker_niceness"] = "0"
         with self._log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 self._command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -178,23 +185,28 @@ class CpuClock:
     """Processor time of a job's processes, looked at from time to time; those that have ended count as last seen."""
 
     def __init__(self) -> None:
-        self._of: dict[int, float] = {}
-        self._looks: list[tuple[float, float]] = []
+        self._of: dict[str, dict[int, float]] = {}
+        self._looks: list[tuple[float, dict[str, float]]] = []
 
     def look(self, found: Mapping[str, Sequence[psutil.Process]]) -> None:
         """Read the clock."""
-        for process in (process for members in found.values() for process in members):
-            try:
-                times = process.cpu_times()
-            except psutil.Error:
-                continue
-            self._of[process.pid] = times.user + times.system
-        self._looks.append((time.time(), sum(self._of.values())))
+        for role, members in found.items():
+            of_role = self._of.setdefault(role, {})
+            for process in members:
+                try:
+                    times = process.cpu_times()
+                except psutil.Error:
+                    continue
+                of_role[process.pid] = times.user + times.system
+        self._looks.append((time.time(), {role: sum(times.values()) for role, times in self._of.items()}))
 
-    def at(self, time_s: float) -> float:
-        """Seconds of processor time at a time of the wall clock, between two looks."""
-        times, values = zip(*self._looks, strict=True)
-        return float(np.interp(time_s, times, values))
+    def between(self, start_s: float, end_s: float) -> dict[str, float]:
+        """Seconds of processor time by role between two times of the wall clock."""
+        times = [look_s for look_s, _ in self._looks]
+        return {
+            role: float(np.diff(np.interp([start_s, end_s], times, [used[role] for _, used in self._looks]))[0])
+            for role in self._of
+        }
 
 
 def processes_by_role(pid: int) -> dict[str, list[psutil.Process]]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the environment of TRL for benchmarks/train_step.py, apart from the project's own: about 1.5 GB on CPU.
+# Builds the environment of TRL for benchmarks/train_step.py and online_step.py, apart from the project's own: about 1.5 GB on CPU.
 #   benchmarks/trl_environment.sh [FOLDER]      default .venv-trl; PYTHON chooses the interpreter, 3.11 or later
 # On a machine whose package index has several builds of torch, choose one as usual (PIP_INDEX_URL, ...).
 set -euo pipefail

@@ -159,7 +159,10 @@ class RowSource:
         context_length: int,
         online: bool = False,
     ) -> None:
-        self.reader = StoreReader(path, require_complete=not online)
+        recorded = online or config.train.row_order == "recorded"
+        # Rows that name their step are read once: what was decoded for a step is of no use to a later one.
+        cache = {"cache_bytes": 0} if recorded else {}
+        self.reader = StoreReader(path, require_complete=not online, **cache)
         self.cut = plan_cut(self.reader.manifest, needs, config.algo.distill, stop_ids, store=path)
         self._path, self._context_length = path, context_length
         self._timeout_s = config.cluster.step_timeout_s
