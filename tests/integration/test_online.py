@@ -135,7 +135,10 @@ def test_offline_run_over_the_rows_repeats_every_loss(inputs: Path, mixed_run: P
 
 
 def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
-    """Two steps from a finished store, then four on rows of the newest student alone, whose engine shares a GPU."""
+    """Two steps from a finished store, then four on rows of the newest student alone, whose engine shares a GPU.
+
+    The teacher samples three tenths of their tokens: behaviour log-probabilities are those of the mixture.
+    """
     folder = run(
         inputs,
         "warm",
@@ -145,7 +148,11 @@ def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
         algo__distill__max_staleness="0",
         algo__distill__stale_rows="discard",
         algo__distill__in_flight="abort",
+        algo__distill__teacher_mix="0.3",
         train__colocate_all="true",
+        ckpt__save_steps="1",
+        ckpt__save_hf="true",
+        ckpt__max_num="9",
         eval__dataset="",
     )
     rows = rows_of(folder)
@@ -154,3 +161,11 @@ def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
     records = training_records(folder)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(record.get("train/staleness_max", 0) == 0 for record in records)
+    # Rows of later steps were begun at once, with weights that were too old when their turn came.
+    assert sum(record.get("train/discarded_rows", 0) for record in records) > 0
+    for row in rows[::6]:
+        assert row.origin is not None
+        assert row.logprobs_T is not None
+        student_T = response_logprobs(folder / "checkpoints" / f"global_step{row.origin.policy_version}_hf", row)
+        expected_T = np.logaddexp(np.log(0.3) + row.logprobs_T, np.log(0.7) + student_T)
+        np.testing.assert_allclose(row.origin.behaviour_logprobs_T, expected_T, atol=1e-4)
