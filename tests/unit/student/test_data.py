@@ -106,15 +106,26 @@ def open_data(
     store: Path, rank: int = 0, num_ranks: int = 1, config: Config | None = None, **changes: Any
 ) -> StudentData:
     values: dict[str, Any] = {"context_length": 64, "vocab_size": 16, "pretrain_path": None}
+    values["stores"] = RowStores(str(store))
     return StudentData(
         config or config_of(),
-        stores=RowStores(str(store)),
         needs=NEEDS,
         stop_ids=[STOP],
         rank=rank,
         num_ranks=num_ranks,
         **{**values, **changes},
     )
+
+
+def test_shift_looks_at_no_row_that_is_not_made_yet(store: Path, tmp_path: Path) -> None:
+    """Steps that give the constant shift: 4 of a finished store, of which an online run has only its offline ones."""
+    assert open_data(store).shift_steps == 4
+    with StoreWriter(tmp_path / "rollouts", manifest(always_include=(), online=True, total_rows=4)) as writer:
+        for offline_steps, expected in ((2, 2), (9, 4)):
+            stores = RowStores(str(store), str(tmp_path / "rollouts"), offline_steps=offline_steps)
+            assert open_data(store, stores=stores).shift_steps == expected
+        assert open_data(store, stores=RowStores(None, str(tmp_path / "rollouts"))).shift_steps == 1
+        writer.suspend()
 
 
 def test_ranks_share_the_global_batch(store: Path) -> None:
