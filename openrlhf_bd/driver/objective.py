@@ -77,6 +77,12 @@ def check_online(config: Config, needs: Needs) -> None:
         )
     if samples:
         check_flow(distill)
+    if distill.teacher_mix > 0 and config.teacher.api_base is not None:
+        raise ConfigError(
+            f"--algo.distill.teacher_mix {distill.teacher_mix:g} takes tokens from the teacher's own engines, and "
+            f"--teacher.api_base {config.teacher.api_base} names a server; use --algo.distill.teacher_mix 0, or "
+            "--teacher.model_name_or_path"
+        )
     if distill.teacher_mix > 0 and (config.rollout.temperature, config.rollout.top_p) != (1.0, 1.0):
         raise ConfigError(
             f"--algo.distill.teacher_mix {distill.teacher_mix:g} mixes the two models at temperature 1, and "

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openrlhf_bd.engines.arguments import RecordOptions
+from openrlhf_bd.engines.loop import Progress
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.teacher.api import ApiCompletion, ApiOptions, TeacherApi
@@ -58,8 +59,9 @@ class RemoteTeacher:
     """
 
     def __init__(self, options: RemoteOptions) -> None:
-        started = time.monotonic()
+        started = self._answered = time.monotonic()
         self._options = options
+        self._num_answers = self._num_tokens = 0
         self._api = TeacherApi(options.api)
         # Sets of p = 1, and no sets, need the taken tokens alone.
         self._num_top = 0 if options.record.top_p in (None, 1) else options.top_logprobs
@@ -84,6 +86,21 @@ class RemoteTeacher:
             "start_s": self._start_s,
             "rss_bytes": psutil.Process().memory_info().rss,
         }
+
+    def progress(self) -> Progress:
+        """A sign of life of the client, at once: answers are its steps.
+
+        None of its requests counts as running here: how long the server may take for one is `ApiOptions`'s to say.
+        """
+        return Progress(
+            num_steps=self._num_answers,
+            num_tokens=self._num_tokens,
+            num_running=0,
+            num_waiting=0,
+            since_step_s=time.monotonic() - self._answered,
+            version=None,
+            is_paused=False,
+        )
 
     def generate_rollouts(
         self, requests: Sequence[RolloutRequest], *, temperature: float, top_p: float
@@ -162,13 +179,18 @@ class RemoteTeacher:
         return self._all(score_one, list(zip(rollouts, seen, strict=True)))
 
     def _complete(self, prompt_ids: NDArray[np.int32], **request: Any) -> ApiCompletion:
-        return self._api.complete(
+        answer = self._api.complete(
             prompt_ids,
             model=self._options.model,
             top_logprobs=self._num_top,
             stop_token_ids=self._options.stop_token_ids,
             **request,
         )
+        # Only for `progress`: an answer that two threads count as one does no harm.
+        self._num_answers += 1
+        self._num_tokens += len(answer.token_ids)
+        self._answered = time.monotonic()
+        return answer
 
     def _recorded(self, rollout: Rollout, taken: Sequence[int], top_S: Sequence[TopLogprobs]) -> Rollout:
         states = record_top(taken, top_S, self._options.record, max_candidates=self._options.top_logprobs)

@@ -7,7 +7,13 @@ import pytest
 
 from openrlhf_bd.algorithms import resolve_algorithm
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.objective import check_kd_ratio, incomplete_sets, trained_temperature, unheld_logits
+from openrlhf_bd.driver.objective import (
+    check_kd_ratio,
+    check_online,
+    incomplete_sets,
+    trained_temperature,
+    unheld_logits,
+)
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreWriter
@@ -103,3 +109,16 @@ def test_incomplete_sets_are_told_before_training(tmp_path: Path) -> None:
     assert warning.startswith("50.0% of the candidate sets")
     assert "the 3 likeliest tokens hold less than --algo.distill.top_p 0.8" in warning
     assert incomplete_sets(config_of(tmp_path, top_p=0.7), needs) is None
+
+
+def refusal_of(config: Config) -> None:
+    check_online(config, resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill))
+
+
+def test_tokens_of_a_server_cannot_be_mixed_in(tmp_path: Path) -> None:
+    """Teacher-mixed sampling asks the teacher's engines for tokens; a server's clients give whole rows alone."""
+    config = config_of(tmp_path, teacher=None, name="minillm", mode="online", teacher_mix=0.2)
+    refusal_of(config)
+    served = config.teacher.model_copy(update={"api_base": "http://host/v1"})
+    with pytest.raises(ConfigError, match=r"teacher_mix 0\.2 .*--teacher\.api_base http://host/v1 names a server"):
+        refusal_of(config.model_copy(update={"teacher": served}))

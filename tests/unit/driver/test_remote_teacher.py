@@ -8,7 +8,9 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.driver.remote_teacher import api_options, check_remote_options, is_remote
 from openrlhf_bd.driver.resources import stage_actors
 from openrlhf_bd.driver.run_folder import run_identity
+from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.teacher.remote import RemoteOptions, RemoteTeacher
 
 URL = "http://127.0.0.1:8000/v1"
 
@@ -52,6 +54,14 @@ def test_key_is_in_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     options = api_options(config_of())
     assert options.key == "sk-secret"
     assert "sk-secret" not in repr(options) + config_of().model_dump_json()
+
+
+def test_client_shows_life_while_the_server_thinks() -> None:
+    """An online run asks whoever makes rows how far it is; a client has no requests that could be seen to hang."""
+    options = RemoteOptions(api_options(config_of()), "m", 64, 20, 4, (0,), RecordOptions(top_p=0.9))
+    progress = RemoteTeacher(options).progress()
+    assert (progress.num_steps, progress.num_running, progress.is_paused) == (0, 0, False)
+    assert 0 <= progress.since_step_s < 60
 
 
 def test_clients_need_no_gpu() -> None:
