@@ -64,6 +64,8 @@ def check_online(config: Config, needs: Needs) -> None:
             f"--teacher.routes with --algo.distill.mode {distill.mode}: an online run has one teacher; make the rows "
             "of several with --algo.distill.mode offline"
         )
+    if distill.mode == "offline_then_online":
+        _check_whose_rows(config, needs)
     samples = needs.student_samples(distill)
     if samples and needs.student_rollouts == "never":
         raise ConfigError(

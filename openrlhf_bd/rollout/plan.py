@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from openrlhf_bd.algorithms.base import Rollouts
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.order import RowOrder
+from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import Prompt, Source
 from openrlhf_bd.store.order import natural_key
 
@@ -51,6 +52,9 @@ class RowPlan:
         rollout: whose responses.
         first_step: first online step.
         last_step: last one.
+
+    Raises:
+        ConfigError: the offline steps leave no online one.
     """
 
     def __init__(self, prompts: Sequence[Prompt], config: Config, *, rollout: Rollouts, offline_steps: int = 0) -> None:
@@ -62,6 +66,12 @@ class RowPlan:
         self.last_step = offline_steps + config.train.max_epochs * self._order.steps_per_epoch
         if config.train.max_steps is not None:
             self.last_step = min(self.last_step, config.train.max_steps)
+        if self.last_step < self.first_step:
+            raise ConfigError(
+                f"--train.max_steps {config.train.max_steps}: the {offline_steps} offline steps (--algo.distill."
+                "offline_steps; none: one pass over the rows) leave no online one; raise it, or use "
+                "--algo.distill.mode offline"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,8 +80,7 @@ class RowPlan:
     @property
     def num_rows(self) -> int:
         """Rows of all steps."""
-        steps = max(0, self.last_step - self.first_step + 1)
-        epochs, rest = divmod(steps, self.steps_per_epoch)
+        epochs, rest = divmod(self.last_step - self.first_step + 1, self.steps_per_epoch)
         return epochs * self._order.num_rows + min(rest * self._order.batch_size, self._order.num_rows)
 
     def rows(self, step: int) -> list[PlannedRow]:

@@ -122,3 +122,10 @@ def test_tokens_of_a_server_cannot_be_mixed_in(tmp_path: Path) -> None:
     served = config.teacher.model_copy(update={"api_base": "http://host/v1"})
     with pytest.raises(ConfigError, match=r"teacher_mix 0\.2 .*--teacher\.api_base http://host/v1 names a server"):
         refusal_of(config.model_copy(update={"teacher": served}))
+
+
+def test_offline_steps_need_rows_that_the_algorithm_learns_from(tmp_path: Path) -> None:
+    """Before minillm's online steps the teacher's own responses are of no use; bd takes them."""
+    refusal_of(config_of(tmp_path, mode="offline_then_online"))
+    with pytest.raises(ConfigError, match=r"learns from the student's own responses, which .*teacher_data does not"):
+        refusal_of(config_of(tmp_path, name="minillm", mode="offline_then_online"))

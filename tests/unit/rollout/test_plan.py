@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from openrlhf_bd.config import Config
+from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import Prompt
 from openrlhf_bd.rollout.plan import RowPlan
 
@@ -71,3 +72,10 @@ def test_online_steps_follow_offline_ones() -> None:
     assert {row.step for row in rows.rows(4)} == {4}
     with pytest.raises(ValueError, match="found step 3, expected 4 to 7"):
         rows.rows(3)
+
+
+def test_plan_without_an_online_step_is_refused() -> None:
+    """With max_steps 3 three offline steps leave nothing to do online."""
+    assert plan(8, batch=4, offline=2, max_steps=3).num_rows == 4
+    with pytest.raises(ConfigError, match=r"max_steps 3: the 3 offline steps .* leave no online one"):
+        plan(8, batch=4, offline=3, max_steps=3)
