@@ -141,13 +141,14 @@ class OnlineTraining(Training):
         wanted = step >= self._plan.first_step - 1 - distill.max_staleness and step < self._total
         return self._sync is not None and wanted and (step - self._plan.first_step + 1) % distill.sync_steps == 0
 
-    def _give_weights(self, version: int) -> dict[str, float]:
-        """Bring the student's weights to its engines; those that died meanwhile are replaced first."""
+    def _give_weights(self, version: int, *, average: bool = False) -> dict[str, float]:
+        """Bring the student's weights, or their average, to its engines; those that died meanwhile are replaced."""
         while True:
-            self._join_new_engines()
-            assert self._sync is not None
+            self._producer.wait_for_students()
             try:
-                metrics = self._sync.sync(version)
+                self._join_new_engines()
+                assert self._sync is not None
+                metrics = self._sync.sync(version, average=average)
             except ClusterError:
                 if not self._producer.replace_dead_students():
                     raise
@@ -162,7 +163,6 @@ class OnlineTraining(Training):
 
     def _join_new_engines(self) -> None:
         """Form the group of ranks and engines anew, where an engine took another's place."""
-        self._producer.wait_for_students()
         if self._producer.needs_weights:
             assert self._students is not None
             self._sync = engine_sync(self._config, self._ranks, self._students, shared=self._is_colocated)
@@ -177,7 +177,7 @@ class OnlineTraining(Training):
         else:
             # The average is for validation alone: no row may come from it.
             with self._producer.students_resting():
-                self._sync.sync(step, average=True)
+                self._give_weights(step, average=True)
                 super()._validate(step)
                 self._give_weights(step)
 

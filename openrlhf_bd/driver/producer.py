@@ -163,11 +163,16 @@ class Producer:
     def replace_dead_students(self) -> bool:
         """Replace the student's engines that do not answer; False where all do.
 
+        Until all have weights again none of them gets rows: one that was left behind in an update would refuse them.
+
         Raises:
             ClusterError: no more may be replaced.
         """
-        asked = [(engine, control(engine.handle.progress).remote()) for engine in self._students if engine.is_ready]
+        started = [engine for engine in self._students if engine.is_ready or not engine.running]
+        asked = [(engine, control(engine.handle.progress).remote()) for engine in started]
         dead = [engine for engine, ref in asked if not _answers(ref)]
+        for engine in self._students:
+            engine.is_ready = False
         for engine in dead:
             self._lose_engine(engine, "it does not answer")
         return bool(dead)
