@@ -97,7 +97,7 @@ class OnlineTraining(Training):
             refs = self._ranks.async_run_method("train_step", step)
             what = f"training step {step}"
             self._produce_beside(refs, what=what)
-            metrics = dict(wait_for(refs, timeout_s=1.0, what=what)[0])
+            metrics = dict(wait_for(refs, timeout_s=self._config.cluster.step_timeout_s, what=what)[0])
         self._trained = step
         self._producer.trained(step)
         if self._is_sync_step(step):
@@ -126,10 +126,20 @@ class OnlineTraining(Training):
         wait_for(refs, timeout_s=timeout_s, what=f"the student's engines: {method.replace('_', ' ')}")
 
     def _produce_beside(self, refs: Sequence[Any], *, what: str) -> None:
-        """Make rows until the ranks are done, one of them fails, or they are over their time."""
-        deadline = time.monotonic() + self._config.cluster.step_timeout_s
+        """Make rows until the ranks are done.
+
+        Raises:
+            ClusterError: one of them failed, or they are over their time.
+        """
+        limit_s = self._config.cluster.step_timeout_s
+        deadline = time.monotonic() + limit_s
         running = list(refs)
-        while running and (left_s := deadline - time.monotonic()) > 0:
+        while running:
+            if (left_s := deadline - time.monotonic()) <= 0:
+                raise ClusterError(
+                    f"no answer within {limit_s:.0f} s (--cluster.step_timeout_s) while waiting for {what}. Run the "
+                    "same command again to resume"
+                )
             self._producer.advance(timeout_s=min(1.0, left_s), beside=running)
             done, running = ray.wait(running, num_returns=len(running), timeout=0)
             # A rank that failed says so at once; the others would wait for it.
