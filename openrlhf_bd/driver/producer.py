@@ -52,6 +52,7 @@ class _Engine:
         version: of the student's weights on it; None on a teacher's.
         is_ready: it has started, and a student's has the weights that its version says.
         running: calls now.
+        counted_at: until when its work has been counted, monotonic seconds.
         pulse: its signs of life.
     """
 
@@ -60,6 +61,7 @@ class _Engine:
     version: int | None
     is_ready: bool = True
     running: int = 0
+    counted_at: float = 0.0
     pulse: Pulse = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,6 @@ class _Call:
         kind: sample from the teacher or the student, score, or start.
         engine: who does it.
         rows: of which rows.
-        since: when it was asked, monotonic seconds.
         deadline: when it counts as hung, monotonic seconds.
         sampled: reference of what a student's engine will have sampled, or of what is scored.
         versions: of the student's weights when sampling of each row began; while it is scored.
@@ -83,7 +84,6 @@ class _Call:
     kind: Kind
     engine: _Engine
     rows: list[PlannedRow]
-    since: float
     deadline: float
     sampled: Any = None
     versions: Sequence[int] = ()
@@ -321,13 +321,18 @@ class Producer:
     def _start(self, kind: Kind, engine: _Engine, rows: list[PlannedRow], ref: Any, **more: Any) -> None:
         now = time.monotonic()
         limit_s = self._config.cluster.start_timeout_s if kind == "start" else self._config.cluster.generate_timeout_s
+        if engine.running == 0:
+            engine.counted_at = now
         engine.running += 1
-        self._running[ref] = _Call(kind, engine, rows, now, now + limit_s, **more)
+        self._running[ref] = _Call(kind, engine, rows, now + limit_s, **more)
 
     def _settle(self, ref: Any, call: _Call) -> None:
         call.engine.running -= 1
         if call.kind != "start":
-            self._tally.busy_s[call.kind] += time.monotonic() - call.since
+            # Of calls that an engine had at once each second counts once.
+            now = time.monotonic()
+            self._tally.busy_s[call.kind] += now - call.engine.counted_at
+            call.engine.counted_at = now
         try:
             result = _result(ref)
         except _LostError as error:
