@@ -384,7 +384,8 @@ class Producer:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for ref, call in list(self._running.items()):
-            if call.deadline <= now and ref in self._running:
+            # One that answered while the driver was away is not overdue.
+            if call.deadline <= now and ref in self._running and not ray.wait([ref], timeout=0)[0]:
                 del self._running[ref]
                 call.engine.running -= 1
                 self._lose(call, "it did not answer in time")
