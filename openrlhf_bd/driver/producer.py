@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.engines import EngineActors
@@ -453,19 +453,20 @@ class Producer:
 def _result(ref: Any) -> Any:
     try:
         return ray.get(ref)
-    except RayActorError as error:
-        raise _LostError(f"it died: {_first_line(error)}") from error
     except RayTaskError as error:
         # An engine that refuses to sample, after an update that did not come whole, is lost too.
         if isinstance(error.cause, BDError) and not isinstance(error.cause, ClusterError):
             raise error.cause from None
         raise _LostError(f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
+    except RayError as error:
+        # It died, or the node did that held what it had made.
+        raise _LostError(f"it died: {_first_line(error)}") from error
 
 
 def _answers(ref: Any) -> bool:
     try:
         ray.get(ref, timeout=CONTROL_TIMEOUT_S)
-    except (GetTimeoutError, RayActorError):
+    except RayError:
         return False
     return True
 
