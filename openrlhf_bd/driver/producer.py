@@ -128,8 +128,8 @@ class Producer:
         trained: int,
     ) -> None:
         self._config, self._prompts, self._plan, self._writer = config, prompts, plan, writer
-        done = writer.completed_row_ids() | writer.quarantined_row_ids()
-        self._flow = Flow(plan, config.algo.distill, trained=trained, is_done=done.__contains__)
+        is_done = writer.settled_rows().__contains__
+        self._flow = Flow(plan, config.algo.distill, trained=trained, is_done=is_done)
         self._actors = {"teacher": teachers, "student": students}
         self._teachers = [_Engine(handle, CALLS_PER_TEACHER_ENGINE, None) for handle in teachers.handles]
         self._students = [
