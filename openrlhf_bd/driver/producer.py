@@ -141,7 +141,7 @@ class Producer:
         self._staleness: dict[int, list[int]] = {}
         self._num_rows: dict[int, int] = {}
         self._tally, self._discarded_before = _Tally(), 0
-        self._num_restarts = self._num_quarantined = 0
+        self._num_restarts, self._num_quarantined = 0, len(writer.quarantined_row_ids())
         self._students_rest = False
         self._teacher_mix = config.algo.distill.teacher_mix
         self._now = time.monotonic()
