@@ -30,6 +30,7 @@ class MixedRow:
         request: what is asked for.
         runs: what is left: whether the teacher samples, and how many tokens.
         token_ids: so far.
+        logprobs: of these under the student's weights that sampled them, nats; NaN for the teacher's.
         version: of the student's weights of its first token by the student; None before it.
         has_stopped: the last token is a stop token.
     """
@@ -37,6 +38,7 @@ class MixedRow:
     request: RolloutRequest
     runs: list[tuple[bool, int]]
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     version: int | None = None
     has_stopped: bool = False
 
@@ -44,6 +46,15 @@ class MixedRow:
     def by_teacher(self) -> bool | None:
         """Whose turn it is; None where the response is finished."""
         return self.runs[0][0] if self.runs and not self.has_stopped else None
+
+    def student_logprobs(self, scored_T: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The student's log-probability of each token, [T] nats, each from the weights that it was sampled under.
+
+        Args:
+            scored_T: of all tokens under one version of the weights; what the teacher's tokens have.
+        """
+        logprobs_T = np.array(self.logprobs, np.float32)
+        return np.where(np.isnan(logprobs_T), scored_T, logprobs_T)
 
 
 def mixed_runs(request: RolloutRequest, teacher_share: float) -> list[tuple[bool, int]]:
@@ -101,6 +112,8 @@ def _extend(rows: Sequence[MixedRow], completions: Sequence[Completion]) -> None
     for row, completion in zip(rows, completions, strict=True):
         by_teacher, _ = row.runs.pop(0)
         row.token_ids += completion.token_ids.tolist()
+        own_T = None if by_teacher else completion.logprobs_T
+        row.logprobs += np.full(len(completion.token_ids), np.nan).tolist() if own_T is None else own_T.tolist()
         row.has_stopped = completion.finish_reason == "stop"
         if not by_teacher and row.version is None:
             row.version = completion.first_version

@@ -65,7 +65,8 @@ class StudentSampler(RolloutEngine):
 
         Returns:
             As `sample`. The behaviour log-probabilities are the student's alone: those of the mixture also need the
-            teacher's, which come when it scores the rows.
+            teacher's, which come when it scores the rows. New weights may come between two runs of tokens: a token of
+            the student has the log-probability that it was sampled with, one of the teacher that of the last weights.
 
         Raises:
             DataError, ClusterError: as `sample`.
@@ -88,7 +89,8 @@ class StudentSampler(RolloutEngine):
         ]
         rows = sample_mixture(requests, teacher_share=teacher_share, student=student, teacher=begin)
         responses = [np.array(row.token_ids, np.int32) for row in rows]
-        logprobs = self.score_tokens([request.prompt_ids for request in requests], responses)
+        scored = self.score_tokens([request.prompt_ids for request in requests], responses)
+        logprobs = [row.student_logprobs(scored_T) for row, scored_T in zip(rows, scored, strict=True)]
         return _with_versions(
             [
                 _rollout(row.request, response, "stop" if row.has_stopped else "length", step, row.version, logprobs_T)

@@ -78,6 +78,31 @@ def test_a_stop_token_ends_the_row() -> None:
     assert {tuple(row.token_ids) for row in rows} == {(STUDENT, STOP), (STOP,)}
 
 
+def test_tokens_keep_the_log_probability_that_they_were_sampled_with() -> None:
+    """The student's tokens have that of the weights of their run, the teacher's that of the score at the end."""
+    calls = itertools.count(1)
+
+    def student(prompts: list[NDArray[np.int32]], lengths: list[int], seeds: list[int]) -> list[Completion]:
+        version = next(calls)
+        return [
+            Completion(np.full(n, STUDENT, np.int32), "length", np.full(n, -version, np.float32), version)
+            for n in lengths
+        ]
+
+    def teacher(
+        prompts: list[NDArray[np.int32]], lengths: list[int], seeds: list[int]
+    ) -> Callable[[], list[Completion]]:
+        return lambda: [Completion(np.full(n, TEACHER, np.int32), "length") for n in lengths]
+
+    [row] = sample_mixture([request(3, 12)], teacher_share=0.4, student=student, teacher=teacher)
+    expected, version = [], 0
+    for by_teacher, length in mixed_runs(request(3, 12), 0.4):
+        version += not by_teacher
+        expected += [-50.0 if by_teacher else -float(version)] * length
+    assert version > 1
+    assert row.student_logprobs(np.full(12, -50.0, np.float32)).tolist() == expected
+
+
 def test_log_probability_of_the_mixture() -> None:
     """.2 * .5 + .8 * .25 = .3 and .2 * 1 + .8 * 0 = .2."""
     with np.errstate(divide="ignore"):
