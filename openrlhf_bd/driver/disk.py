@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STUDENTS = "checkpoints and students"
 TEACHER_DATA = "teacher's data"
+ONLINE_ROWS = "rows made while the student trains"
 
 PARAMETER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # fp32 weights and the two moments of Adam, beside the parameters themselves.
@@ -85,10 +86,14 @@ def disk_uses(
     uses = []
     for stage in stages:
         if stage.name == "generate":
-            uses.append(_teacher_data(config, tables["train"], Path(stage.files)))
+            passes = float(config.rollout.n_samples_per_prompt)
+            uses.append(_rows(TEACHER_DATA, config, tables["train"], Path(stage.files), passes=passes))
         elif stage.name == "train":
             uses.append(DiskUse(STUDENTS, student_bytes(config, student), "at most", Path(stage.files)))
             _require_room(uses[-1])
+            if config.algo.distill.mode != "offline":
+                passes = stage.rows / max(len(tables["train"].prompts), 1)
+                uses.append(_rows(ONLINE_ROWS, config, tables["train"], Path(stage.files), passes=passes))
             if uses_pretrain(config):
                 num_blocks = (stage.steps or 0) * (config.train.pretrain_batch_size or config.train.batch_size)
                 num_bytes = num_blocks * config.data.max_len * _ID_BYTES
@@ -96,14 +101,14 @@ def disk_uses(
     return tuple(uses)
 
 
-def _teacher_data(config: Config, table: PromptTable, path: Path) -> DiskUse:
-    samples = config.rollout.n_samples_per_prompt
-    num_tokens = samples * num_response_tokens(config, table, config.rollout.max_new_tokens)
-    num_bytes = num_tokens * _STORE_BYTES_PER_TOKEN + samples * num_prompt_tokens(table) * _ID_BYTES
-    basis = (
-        f"assumed: at most {num_tokens:,} response tokens of {_STORE_BYTES_PER_TOKEN} bytes; plan --measure measures it"
-    )
-    return DiskUse(TEACHER_DATA, num_bytes, basis, path)
+def _rows(what: str, config: Config, table: PromptTable, path: Path, *, passes: float) -> DiskUse:
+    """A store of so many responses to each prompt."""
+    num_tokens = round(passes * num_response_tokens(config, table, config.rollout.max_new_tokens))
+    num_bytes = num_tokens * _STORE_BYTES_PER_TOKEN + round(passes * num_prompt_tokens(table)) * _ID_BYTES
+    basis = f"assumed: at most {num_tokens:,} response tokens of {_STORE_BYTES_PER_TOKEN} bytes"
+    if what == TEACHER_DATA:
+        basis += "; plan --measure measures it"
+    return DiskUse(what, num_bytes, basis, path)
 
 
 def _require_room(students: DiskUse) -> None:
