@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, SchedulerType
 
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.registry import resolve_algorithm
-from openrlhf_bd.config import Config, TeacherConfig
+from openrlhf_bd.config import Config, DistillConfig, OnlineOptions, TeacherConfig
 from openrlhf_bd.data.limits import prompt_limit, teacher_length
 from openrlhf_bd.data.pretrain import check_pretrain
 from openrlhf_bd.data.prompts import (
@@ -71,6 +71,8 @@ from openrlhf_bd.store.folder import open_folder
 _PRETRAIN_RECORDS = 1000
 # Schedules that ask for more than the number of a step, which does not reach them: a metric, or steps of the decay.
 _OTHER_SCHEDULES = ("greedy", "reduce_lr_on_plateau", "warmup_stable_decay")
+# What concerns the student's own rows alone.
+_STUDENT_ROW_OPTIONS = ("teacher_mix", "max_staleness", "stale_rows", "in_flight", "sync_steps")
 _ATTENTIONS = (
     *("auto", "sdpa", "eager", "flex_attention"),
     *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
@@ -388,7 +390,7 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
         found += teacher_warnings(config, tables["train"])
     if "train" not in stages:
         return found
-    found += [f"{option} has no effect without {switch}" for option, switch in _without_effect(config)]
+    found += [f"{option} has no effect without {switch}" for option, switch in _without_effect(config, needs)]
     found += [warning for warning in (unheld_logits(config, needs), trained_temperature(config, needs)) if warning]
     if config.actor.optim == "muon" and config.actor.adam.weight_decay > 0:
         found.append("--actor.adam.weight_decay with --actor.optim muon: biases and norms decay too")
@@ -400,7 +402,7 @@ def _warnings(config: Config, stages: Sequence[Stage], needs: Needs, tables: Map
     return found
 
 
-def _without_effect(config: Config) -> list[tuple[str, str]]:
+def _without_effect(config: Config, needs: Needs) -> list[tuple[str, str]]:
     """Options that are not as by default, and that belong to something which is off; with what turns it on."""
     plain = Config()
     pairs: list[tuple[str, Any, Any, str]] = []
@@ -426,7 +428,25 @@ def _without_effect(config: Config) -> list[tuple[str, str]]:
         ]
     if config.eval.teacher_nll and config.eval.test_datasets is None:
         found.append(("--eval.teacher_nll", "--eval.test_datasets"))
-    return found
+    return found + _without_effect_online(config.algo.distill, needs)
+
+
+def _without_effect_online(distill: DistillConfig, needs: Needs) -> list[tuple[str, str]]:
+    """Of `_without_effect`, the options that say how rows are made while the student trains."""
+    plain = DistillConfig()
+    given = [name for name in OnlineOptions.model_fields if getattr(distill, name) != getattr(plain, name)]
+    rollout = needs.rollout_of(distill)
+    found = {}
+    for name in given:
+        if name != "mode" and distill.mode == "offline":
+            found[name] = "--algo.distill.mode online"
+        elif name == "offline_steps" and distill.mode == "online":
+            found[name] = "--algo.distill.mode offline_then_online"
+        elif name in ("student_fraction", "student_warmup_steps") and rollout != "mixed":
+            found[name] = "--algo.distill.rollout mixed"
+        elif name in _STUDENT_ROW_OPTIONS and not needs.student_samples(distill):
+            found[name] = "--algo.distill.rollout student or mixed"
+    return [(f"--algo.distill.{name}", switch) for name, switch in found.items()]
 
 
 def _written_by_hand(config: Config) -> dict[str, str | None]:

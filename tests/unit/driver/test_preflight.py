@@ -551,6 +551,39 @@ def test_options_without_effect_are_warned_of(room):
     assert not [text for text in preflight(config_of(*argv, *on)).warnings if "no effect" in text]
 
 
+@pytest.mark.parametrize(
+    ("mode", "argv", "switch"),
+    [
+        ("offline", ["--algo.distill.max_ahead", "2"], "--algo.distill.mode online"),
+        ("online", ["--algo.distill.offline_steps", "2"], "--algo.distill.mode offline_then_online"),
+        (
+            *("online", ["--algo.distill.student_fraction", "0.2", "--algo.distill.rollout", "student"]),
+            "--algo.distill.rollout mixed",
+        ),
+        (
+            *("online", ["--algo.distill.max_staleness", "2", "--algo.distill.rollout", "teacher"]),
+            "--algo.distill.rollout student or mixed",
+        ),
+    ],
+)
+def test_options_of_rows_that_nobody_makes_are_warned_of(room, mode, argv, switch):
+    """An option of online rows is named where no such rows are made, and only there."""
+    [warning] = [text for text in preflight(config_of("--algo.distill.mode", mode, *argv)).warnings if "effect" in text]
+    assert warning == f"{argv[0]} has no effect without {switch}"
+    on = ["--algo.distill.mode", "offline_then_online", "--algo.distill.rollout", "mixed", *argv[:2]]
+    assert not [text for text in preflight(config_of(*on)).warnings if "effect" in text]
+
+
+def test_rows_of_an_online_run_take_disk_space(room):
+    """Two epochs of 3 samples of 20 prompts, each response 7 tokens at most: 840 tokens of 40 bytes, and prompts."""
+    argv = ["--algo.distill.mode", "online", "--train.max_epochs", "2", "--rollout.n_samples_per_prompt", "3"]
+    plan = preflight(config_of(*argv, "--rollout.max_new_tokens", "7"))
+    [use] = [use for use in plan.disk if use.what == "rows made while the student trains"]
+    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in plan.tables["train"].prompts)
+    assert use.num_bytes == 840 * 40 + 6 * num_prompt_tokens * 4
+    assert "at most 840 response tokens" in use.basis
+
+
 def test_muon_decays_norms_too(room):
     """Weight decay with Muon is allowed, and a warning says what else it does."""
     plan = preflight(config_of("--actor.optim", "muon", "--actor.max_norm", "0", "--actor.adam.weight_decay", "0.1"))
