@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.engines import EngineActors
@@ -100,7 +100,15 @@ class _Tally:
 
 
 class _LostError(Exception):
-    """An engine died, hung or failed; the message says how."""
+    """An engine died, hung or failed; the message says how.
+
+    Attributes:
+        of_another: it is not the engine that was asked, but the teacher's from which that one wanted tokens.
+    """
+
+    def __init__(self, message: str, *, of_another: bool = False) -> None:
+        super().__init__(message)
+        self.of_another = of_another
 
 
 class Producer:
@@ -168,9 +176,7 @@ class Producer:
         Raises:
             ClusterError: no more may be replaced.
         """
-        started = [engine for engine in self._students if engine.is_ready or not engine.running]
-        asked = [(engine, control(engine.handle.progress).remote()) for engine in started]
-        dead = [engine for engine, ref in asked if not _answers(ref)]
+        dead = _silent(self._students)
         for engine in self._students:
             engine.is_ready = False
         for engine in dead:
@@ -336,7 +342,12 @@ class Producer:
         try:
             result = _result(ref)
         except _LostError as error:
-            self._lose(call, str(error))
+            if error.of_another:
+                self._again(call, str(error))
+                for teacher in _silent(self._teachers):
+                    self._lose_engine(teacher, "it does not answer")
+            else:
+                self._lose(call, str(error))
             return
         if call.kind == "start":
             # A student's engine also needs the student's weights first.
@@ -457,10 +468,19 @@ def _result(ref: Any) -> Any:
         # An engine that refuses to sample, after an update that did not come whole, is lost too.
         if isinstance(error.cause, BDError) and not isinstance(error.cause, ClusterError):
             raise error.cause from None
-        raise _LostError(f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
+        of_another = isinstance(error.cause, RayActorError)
+        message = f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
+        raise _LostError(message, of_another=of_another) from error
     except RayError as error:
         # It died, or the node did that held what it had made.
         raise _LostError(f"it died: {_first_line(error)}") from error
+
+
+def _silent(engines: Sequence[_Engine]) -> list[_Engine]:
+    """Of the engines that have started those that do not answer."""
+    started = [engine for engine in engines if engine.is_ready or not engine.running]
+    asked = [(engine, control(engine.handle.progress).remote()) for engine in started]
+    return [engine for engine, ref in asked if not _answers(ref)]
 
 
 def _answers(ref: Any) -> bool:

@@ -131,3 +131,18 @@ def test_engine_killed_while_the_student_trains(inputs: Path, actor: str) -> Non
         assert job.wait(JOB_TIMEOUT_S) == 0
     assert not victim.is_running()
     require_whole(inputs, run)
+
+
+def test_teacher_killed_while_its_tokens_are_mixed_in(inputs: Path) -> None:
+    """kill -9 of the teacher's only engine: it is replaced, not the students' engines that asked it for tokens."""
+    run = inputs / "mixing-teacher-killed"
+    with start(flags(inputs, run, algo__distill__teacher_mix="0.3", algo__distill__rollout="student")) as job:
+        wait_until(job, lambda: 2 in steps_of(run), "step 2")
+        [victim], [student] = actors_of(job, "TeacherEngine"), actors_of(job, "StudentSampler")
+        victim.kill()
+        victim.wait(60)
+        wait_until(job, lambda: STEPS in steps_of(run), "the last step")
+        assert student.is_running()
+        assert job.wait(JOB_TIMEOUT_S) == 0
+    assert not victim.is_running()
+    require_whole(inputs, run)
