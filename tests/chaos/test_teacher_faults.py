@@ -149,8 +149,6 @@ class Teacher:
             record=RecordOptions(TOP_P, logprobs=True),
         )
         arguments["faults"] = {"folder": str(record), "store": str(self.store), "rows": rows}
-        # Two workers of an engine share the machine's cores here.
-        environment = engine_environment(self.model) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         manifest = StoreManifest(kind="teacher", top_p=TOP_P, has_logprobs=True, num_prompts=NUM_PROMPTS)
         with (
             StoreWriter(self.store, manifest, ROWS_PER_SHARD) as store,
@@ -159,7 +157,7 @@ class Teacher:
                 arguments,
                 num_engines=num_engines,
                 gpus_per_engine=tensor_parallel_size,
-                environment=environment,
+                environment=engine_environment(self.model),
                 timeout_s=240.0,
                 what="the engines",
             ) as engines,
