@@ -89,7 +89,7 @@ def test_one_token_share(tmp_path: Path) -> None:
 def test_one_token_share_of_cut_sets(tmp_path: Path) -> None:
     """An always-included id that a server did not tell is not in a cut set, which is a single token without it.
 
-    Sets {5}, {6, 4, 3}, {1, 2}, {8}; p = 0.4 leaves the first token of each, and 3 where it was told: 3 of 4 are single.
+    Sets {5}, {6, 4, 3}, {1, 2}, {8}; p = 0.4 leaves the first token, and 3 where it was told: 3 of 4 are single.
     """
     manifest = teacher_manifest(num_prompts=2, n_samples_per_prompt=1, max_candidates=3, always_include=(3,))
     with StoreWriter(tmp_path, manifest) as writer:
