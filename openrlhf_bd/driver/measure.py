@@ -15,7 +15,7 @@ import psutil
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.routes import is_routed, teacher_models
-from openrlhf_bd.driver.cluster import cluster_device, ray_session, wait_for
+from openrlhf_bd.driver.cluster import cluster_device, ray_session
 from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.estimate import Call, Estimate, Sample, Written, estimate
@@ -31,6 +31,7 @@ from openrlhf_bd.driver.teacher_data import record_options
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import Prompt, Rollout
+from openrlhf_bd.rollout.calls import wait_for
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreSummary, StoreWriter, summary
 from openrlhf_bd.store.manifest import TEACHER_PREFIX, TEACHER_PROMPTS
 from openrlhf_bd.teacher.requests import RolloutRequest, rollout_requests

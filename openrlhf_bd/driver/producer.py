@@ -18,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.engines import EngineActors
-from openrlhf_bd.errors import BDError, ClusterError
+from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Origin, Prompt, Rollout
+from openrlhf_bd.rollout.calls import EngineLostError, engine_result
 from openrlhf_bd.rollout.flow import Flow
 from openrlhf_bd.rollout.mixture import mixture_logprobs
 from openrlhf_bd.rollout.plan import PlannedRow, RowPlan
@@ -96,10 +97,6 @@ class _Tally:
     back_pressure_s: float = 0.0
     busy_s: dict[Kind, float] = field(default_factory=lambda: {"teacher": 0.0, "student": 0.0, "score": 0.0})
     seal_s: float = 0.0
-
-
-class _LostError(Exception):
-    """An engine died, hung or failed; the message says how."""
 
 
 class Producer:
@@ -323,8 +320,9 @@ class Producer:
         if call.kind != "start":
             self._tally.busy_s[call.kind] += time.monotonic() - call.since
         try:
-            result = _result(ref)
-        except _LostError as error:
+            # An engine that refuses to sample, after an update that did not come whole, is lost too.
+            result = engine_result(ref, losses=(ClusterError,))
+        except EngineLostError as error:
             self._lose(call, str(error))
             return
         if call.kind == "start":
@@ -438,25 +436,9 @@ class Producer:
         self._now = now
 
 
-def _result(ref: Any) -> Any:
-    try:
-        return ray.get(ref)
-    except RayActorError as error:
-        raise _LostError(f"it died: {_first_line(error)}") from error
-    except RayTaskError as error:
-        # An engine that refuses to sample, after an update that did not come whole, is lost too.
-        if isinstance(error.cause, BDError) and not isinstance(error.cause, ClusterError):
-            raise error.cause from None
-        raise _LostError(f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
-
-
 def _answers(ref: Any) -> bool:
     try:
         ray.get(ref, timeout=CONTROL_TIMEOUT_S)
     except (GetTimeoutError, RayActorError):
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
