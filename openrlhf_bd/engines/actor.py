@@ -180,8 +180,21 @@ class GenerationEngine:
                     f"request {index}: found {num_prompt} prompt tokens and {num_new} to sample, expected at least one "
                     f"of each and at most {limit} in all (max_model_len of the engine)"
                 )
-        requests = zip(prompts, params, strict=True)
-        return self._loop.run(Request([int(token) for token in prompt], param) for prompt, param in requests)
+        requests = [
+            Request([int(token) for token in prompt], param) for prompt, param in zip(prompts, params, strict=True)
+        ]
+        try:
+            return self._loop.run(requests)
+        except RuntimeError as error:
+            if self._lost_a_worker():
+                raise RuntimeError("a worker process of the engine died") from error
+            raise
+
+    def _lost_a_worker(self) -> bool:
+        """Whether a process of a parallel engine is gone; of what it worked on vLLM only says "cancelled"."""
+        core: Any = self.llm.llm_engine.engine_core
+        is_parallel = self.arguments["llm"]["tensor_parallel_size"] > 1
+        return is_parallel and core.engine_core.model_executor.is_failed
 
     def _completion(self, token_ids: Sequence[int]) -> Completion:
         stopped = token_ids[-1] in self.stop_token_ids

@@ -287,7 +287,7 @@ def test_stopped_engine_is_ended_and_replaced(teacher: Teacher) -> None:
     teacher.require_whole()
 
 
-def test_lost_workers_of_a_parallel_engine(teacher: Teacher) -> None:
+def test_lost_workers_of_a_parallel_engine(teacher: Teacher, caplog: pytest.LogCaptureFixture) -> None:
     """An engine over two processes: one of them killed, then one stopped. Each time the whole engine is replaced.
 
     No process of it is left. An engine that ends in peace gives back the memory that its processes share; of one that
@@ -300,6 +300,7 @@ def test_lost_workers_of_a_parallel_engine(teacher: Teacher) -> None:
     # The actor, two workers, and what Python starts beside them.
     assert all(len(each.pids) >= 3 for (each,) in fired.values())
     assert (stats.rows, stats.replaced_engines) == (NUM_PROMPTS, 2)
+    assert "a worker process of the engine died" in caplog.text
     teacher.require_whole()
     engines = list(teacher.engines().values())
     # vLLM's CPU collectives have segments of their own, which stay where a busy machine lets workers end too slowly.
