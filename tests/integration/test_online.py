@@ -136,20 +136,28 @@ def test_offline_run_over_the_rows_repeats_every_loss(inputs: Path, mixed_run: P
 
 def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
     """Two steps from a finished store, then four whose rows all come from the newest student, none staler."""
-    folder = run(
-        inputs,
-        "warm",
-        **(ONLINE | {"algo__distill__mode": "offline_then_online"}),
-        algo__distill__offline_steps="2",
-        algo__distill__rollout="student",
-        algo__distill__max_staleness="0",
-        algo__distill__stale_rows="discard",
-        algo__distill__in_flight="abort",
-        eval__dataset="",
-    )
+    options = ONLINE | {
+        "algo__distill__mode": "offline_then_online",
+        "algo__distill__offline_steps": "2",
+        "algo__distill__rollout": "student",
+        "algo__distill__max_staleness": "0",
+        "algo__distill__stale_rows": "discard",
+        "algo__distill__in_flight": "abort",
+        "eval__dataset": "",
+    }
+    folder = run(inputs, "warm", **options)
     rows = rows_of(folder)
     assert {row.origin.step for row in rows if row.origin} == {3, 4, 5, 6}
     assert all(row.origin and row.origin.policy_version == row.origin.step - 1 for row in rows)
     records = training_records(folder)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(record.get("train/staleness_max", 0) == 0 for record in records)
+
+    # The same command looks at both stores first.
+    shard = folder / "rollouts" / "shard-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = run_job(*job_flags(inputs, folder, **options))
+    assert again.returncode == 74, again.stdout
+    assert f"{shard}: its content is not what was sealed ({BATCH} rows: " in again.stdout
