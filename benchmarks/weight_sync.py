@@ -24,9 +24,10 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from benchmarks._measure import describe_machine
 from benchmarks._models import SHAPES, new_model, num_parameters
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.cluster import ray_session, wait_for
+from openrlhf_bd.driver.cluster import ray_session
 from openrlhf_bd.driver.engines import GPU_SHARE, engine_sync, rollout_engines
 from openrlhf_bd.records import Rollout
+from openrlhf_bd.rollout.calls import wait_for
 from openrlhf_bd.store import StoreManifest, StoreWriter
 from openrlhf_bd.student.actor import StudentRank
 from openrlhf_bd.student.strategy import make_strategy

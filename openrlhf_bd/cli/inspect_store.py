@@ -20,6 +20,7 @@ from rich.text import Text
 
 from openrlhf_bd.cli.flags import main_guard
 from openrlhf_bd.cli.store_figure import plot_summary
+from openrlhf_bd.driver.verify import verify_rows
 from openrlhf_bd.errors import DataError, StoreError
 from openrlhf_bd.paths import format_bytes
 from openrlhf_bd.records import RecordedSets, Rollout
@@ -71,11 +72,11 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     tokenizer = _load_tokenizer(options.tokenizer) if options.tokenizer else None
     if options.repair:
         repair(options.path, console)
+    if options.verify:
+        verify_rows(options.path)
     reader = StoreReader(options.path, require_complete=False)
     if tokenizer is not None:
         _require_same_tokenizer(reader, tokenizer, options.tokenizer)
-    if options.verify:
-        reader.verify()
     found = summary(reader)
     state = f"{found.manifest.kind}, {'complete' if found.complete else 'unfinished'}"
     console.print(Text(f"{reader.path} ({state}{', verified' if options.verify else ''})"))

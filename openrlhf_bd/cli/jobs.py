@@ -32,6 +32,10 @@ def run_stages(argv: Sequence[str], *, stages: Sequence[Stage], prog: str, descr
     from openrlhf_bd.driver import job
     from openrlhf_bd.driver.progress import console
 
+    if options.measure is not None:
+        from openrlhf_bd.driver.measure import check_measured
+
+        check_measured(config, stages)
     plan = job.check(config, stages=stages)
     if options.dry_run:
         print(resolved_yaml(config))

@@ -1,1 +1,1 @@
-"""Control flow over actors: what runs when, on which resources. Rows never pass through here."""
+"""Control flow over actors: what runs when, on which resources. Ranks read rows from the store alone."""

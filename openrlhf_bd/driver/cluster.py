@@ -1,4 +1,4 @@
-"""Ray: the session, resources, placement, and waits that end.
+"""Ray: the session, resources and placement.
 
 Every wait has a timeout that says what it waits for. Actors are never restarted or retried by Ray (a repeated call
 would repeat its side effects); the driver resumes from what is on disk.
@@ -10,14 +10,14 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from openrlhf_bd.errors import BDError, ClusterError
+from openrlhf_bd.errors import ClusterError
 
 
 def cluster_device() -> Literal["cpu", "cuda"]:
@@ -81,27 +81,3 @@ def placed(bundles: Sequence[dict[str, float]], *, timeout_s: float, what: str) 
         yield group
     finally:
         remove_placement_group(group)
-
-
-def wait_for(refs: Any, *, timeout_s: float, what: str) -> Any:
-    """Results of remote calls, or an error that says what was waited for.
-
-    Raises:
-        BDError: what the actor raised, if it is one of ours.
-        ClusterError: no answer in time, or an actor died.
-    """
-    try:
-        return ray.get(refs, timeout=timeout_s)
-    except GetTimeoutError:
-        raise ClusterError(
-            f"no answer within {timeout_s:.0f} s while waiting for {what}; see --cluster.* for the limits. "
-            "Run the same command again to resume"
-        ) from None
-    except RayTaskError as error:
-        if isinstance(error.cause, BDError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise ClusterError(
-            f"an actor died while waiting for {what}: {error}. Run the same command again to resume"
-        ) from error

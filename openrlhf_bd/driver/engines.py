@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.limits import teacher_length
-from openrlhf_bd.driver.cluster import cluster_device, placed, wait_for
+from openrlhf_bd.driver.cluster import cluster_device, placed
 from openrlhf_bd.driver.progress import console
 from openrlhf_bd.driver.remote_teacher import is_remote, remote_options
 from openrlhf_bd.engines.actor import GenerationEngine
@@ -25,7 +25,7 @@ from openrlhf_bd.engines.arguments import (
     engine_arguments,
     engine_environment,
 )
-from openrlhf_bd.rollout.calls import CONTROL, CONTROL_CALLS
+from openrlhf_bd.rollout.calls import CONTROL, CONTROL_CALLS, wait_for
 from openrlhf_bd.rollout.sampler import StudentSampler
 from openrlhf_bd.rollout.weights import AdapterSync, EngineSync, Ranks, WeightSync
 from openrlhf_bd.teacher.engine import TeacherEngine

@@ -12,7 +12,6 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.data.prompts import PromptTable, load_evaluation_prompts, parse_test_datasets
 from openrlhf_bd.data.teacher_view import scoring_view
-from openrlhf_bd.driver.cluster import wait_for
 from openrlhf_bd.driver.engines import EngineActors, student_engines, teacher_engines
 from openrlhf_bd.driver.models import load_tokenizer
 from openrlhf_bd.driver.progress import stage_progress
@@ -21,6 +20,7 @@ from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.checker import load_checker
 from openrlhf_bd.evaluation.evaluate import evaluate_model, num_units
 from openrlhf_bd.evaluation.results import Evaluation
+from openrlhf_bd.rollout.calls import wait_for
 
 
 def load_test_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptTable]:

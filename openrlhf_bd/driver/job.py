@@ -30,6 +30,7 @@ from openrlhf_bd.driver.run_folder import CONFIG_FILE, RunFolder, run_identity
 from openrlhf_bd.driver.schedule import offline_schedule, online_schedule, shuffled_schedule
 from openrlhf_bd.driver.teacher_data import (
     check_rows,
+    is_complete_store,
     make_rows,
     online_manifest,
     online_path,
@@ -215,8 +216,13 @@ def _check_rows(config: Config, plan: Plan) -> None:
         check_rows(online.path, online.manifest, need_sets=needs.candidate_sets)
         return
     stop_ids = stop_tokens(model, config)
+    path = rows_path(config, needs)
     manifest = wanted_manifest(config, needs, plan.tables["train"], tokenizer, stop_ids=stop_ids)
-    check_rows(rows_path(config, needs), manifest, need_sets=needs.candidate_sets)
+    check_rows(path, manifest, need_sets=needs.candidate_sets)
+    # Until these rows are finished there are no online ones after them.
+    if config.algo.distill.mode == "offline_then_online" and is_complete_store(path):
+        online = _online_inputs(config, plan, tokenizer, StoreReader(path))
+        check_rows(online.path, online.manifest, need_sets=needs.candidate_sets)
 
 
 def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> StorePath:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.routes import is_routed, teacher_models
-from openrlhf_bd.driver.cluster import cluster_device, ray_session, wait_for
+from openrlhf_bd.driver.cluster import cluster_device, ray_session
 from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.estimate import Call, Estimate, Sample, Written, estimate
@@ -24,11 +25,13 @@ from openrlhf_bd.driver.models import stop_tokens
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.progress import console
 from openrlhf_bd.driver.rank_memory import rank_bytes
-from openrlhf_bd.driver.resources import check_cluster
+from openrlhf_bd.driver.remote_teacher import is_remote
+from openrlhf_bd.driver.resources import Stage, check_cluster, takes_part
 from openrlhf_bd.driver.teacher_data import record_options
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import Prompt, Rollout
+from openrlhf_bd.rollout.calls import wait_for
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreSummary, StoreWriter, summary
 from openrlhf_bd.store.manifest import TEACHER_PREFIX, TEACHER_PROMPTS
 from openrlhf_bd.teacher.requests import RolloutRequest, rollout_requests
@@ -37,6 +40,33 @@ from openrlhf_bd.teacher.requests import RolloutRequest, rollout_requests
 MIN_ROWS = 8
 # The first rows wait for what an engine does once; their time does not count.
 _WARM_UP_ROWS = 2
+
+
+def check_measured(config: Config, stages: Sequence[Stage]) -> None:
+    """Refuse a job of which a sample by an engine of the teacher says nothing.
+
+    Raises:
+        ConfigError: the message says why.
+    """
+    distill = config.algo.distill
+    if distill.mode == "online":
+        raise ConfigError(
+            "--measure generates rows as they are made before training, and with --algo.distill.mode online all of "
+            "them are made while the student trains; leave it out, or give --algo.distill.mode offline for a bound of "
+            "the teacher's part"
+        )
+    if is_remote(config):
+        raise ConfigError(
+            f"--measure starts an engine of the teacher, and with --teacher.api_base {config.teacher.api_base} the "
+            "teacher runs elsewhere; leave it out, and see the rate and the time left that the job itself shows"
+        )
+    if "generate" not in stages:
+        raise ConfigError("--measure tells what the teacher's data will take, and this command makes none")
+    needs = resolve_algorithm(distill.name).needs_of(distill)
+    if not takes_part("generate", config, needs):
+        raise ConfigError(
+            f"--measure: with --algo.distill.name {distill.name} the teacher generates nothing; leave it out"
+        )
 
 
 def measured_plan(config: Config, plan: Plan, *, num_rows: int) -> MeasuredPlan:
@@ -64,11 +94,9 @@ def measure(config: Config, plan: Plan, *, num_rows: int) -> dict[str, Estimate]
         An estimate by the name of each teacher.
 
     Raises:
-        ConfigError: the job generates nothing, or too few rows are asked for.
+        ConfigError: too few rows are asked for.
         ResourceError, ClusterError: no engine could be started, or it gave no answer.
     """
-    if all(stage.name != "generate" for stage in plan.stages):
-        raise ConfigError("--measure: this job generates no teacher's data; leave it out")
     one = config.model_copy(update={"teacher": config.teacher.model_copy(update={"num_engines": 1})})
     found = {}
     with ray_session(num_gpus=config.teacher.tensor_parallel_size) as resources:

@@ -89,7 +89,7 @@ class MeasuredPlan:
         yield table
         yield Text(
             "range: two standard errors over the rows of the sample; for time also between the sample's own speed and "
-            "the fitted one. Training and evaluation are not timed."
+            "the fitted one. Training, with the rows that are made in it, and evaluation are not timed."
         )
 
     def _disk_lines(self) -> list[tuple[str, str, str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.cluster import cluster_device, wait_for
+from openrlhf_bd.driver.cluster import cluster_device
 from openrlhf_bd.driver.engines import (
     GPU_SHARE,
     EngineActors,
@@ -28,6 +28,7 @@ from openrlhf_bd.driver.training import Selection, Training, TrainingInputs, fin
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Prompt
+from openrlhf_bd.rollout.calls import wait_for
 from openrlhf_bd.rollout.plan import RowPlan
 from openrlhf_bd.rollout.weights import EngineSync
 from openrlhf_bd.store import StoreManifest, StoreWriter

@@ -84,11 +84,6 @@ class Plan:
     disk: tuple[DiskUse, ...]
 
     @property
-    def disk_bytes(self) -> int:
-        """Disk space that the job takes at most."""
-        return sum(use.num_bytes for use in self.disk)
-
-    @property
     def num_gpus(self) -> int:
         """GPUs of the largest stage."""
         return max((stage.num_gpus for stage in self.stages), default=0)

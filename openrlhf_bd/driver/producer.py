@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.engines import EngineActors
-from openrlhf_bd.errors import BDError, ClusterError
+from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Origin, Prompt, Rollout
-from openrlhf_bd.rollout.calls import control
+from openrlhf_bd.rollout.calls import EngineLostError, control, engine_result
 from openrlhf_bd.rollout.flow import Flow
 from openrlhf_bd.rollout.mixture import mixture_logprobs
 from openrlhf_bd.rollout.plan import PlannedRow, RowPlan
@@ -97,18 +97,6 @@ class _Tally:
     back_pressure_s: float = 0.0
     busy_s: dict[Kind, float] = field(default_factory=lambda: {"teacher": 0.0, "student": 0.0, "score": 0.0})
     seal_s: float = 0.0
-
-
-class _LostError(Exception):
-    """An engine died, hung or failed; the message says how.
-
-    Attributes:
-        of_another: it is not the engine that was asked, but the teacher's from which that one wanted tokens.
-    """
-
-    def __init__(self, message: str, *, of_another: bool = False) -> None:
-        super().__init__(message)
-        self.of_another = of_another
 
 
 class Producer:
@@ -340,8 +328,9 @@ class Producer:
             self._tally.busy_s[call.kind] += now - call.engine.counted_at
             call.engine.counted_at = now
         try:
-            result = _result(ref)
-        except _LostError as error:
+            # An engine that refuses to sample, after an update that did not come whole, is lost too.
+            result = engine_result(ref, losses=(ClusterError,))
+        except EngineLostError as error:
             if error.of_another:
                 self._again(call, str(error))
                 for teacher in _silent(self._teachers):
@@ -461,21 +450,6 @@ class Producer:
         self._now = now
 
 
-def _result(ref: Any) -> Any:
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        # An engine that refuses to sample, after an update that did not come whole, is lost too.
-        if isinstance(error.cause, BDError) and not isinstance(error.cause, ClusterError):
-            raise error.cause from None
-        of_another = isinstance(error.cause, RayActorError)
-        message = f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
-        raise _LostError(message, of_another=of_another) from error
-    except RayError as error:
-        # It died, or the node did that held what it had made.
-        raise _LostError(f"it died: {_first_line(error)}") from error
-
-
 def _silent(engines: Sequence[_Engine]) -> list[_Engine]:
     """Of the engines that have started those that do not answer."""
     started = [engine for engine in engines if engine.is_ready or not engine.running]
@@ -489,7 +463,3 @@ def _answers(ref: Any) -> bool:
     except RayError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -21,6 +21,7 @@ from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.progress import stage_progress
 from openrlhf_bd.driver.remote_teacher import is_remote, served_model
 from openrlhf_bd.driver.run_folder import CONFIG_FILE
+from openrlhf_bd.driver.verify import verify_rows
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.records import Prompt, Rollout
@@ -79,7 +80,8 @@ def check_rows(path: StorePath, manifest: StoreManifest, *, need_sets: bool) -> 
         raise second_writer(folder, holder)
     if not _is_complete(path, manifest, need_sets=need_sets):
         state.manifest.require_equal(manifest, folder)
-    StoreReader(path, require_complete=False).verify()
+    verify_rows(path)
+    StoreReader(path, require_complete=False)
 
 
 def online_path(config: Config) -> Path:

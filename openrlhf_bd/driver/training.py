@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.driver.cluster import placed, wait_for
+from openrlhf_bd.driver.cluster import placed
 from openrlhf_bd.driver.engines import student_engines
 from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.progress import console, stage_progress
@@ -22,6 +22,7 @@ from openrlhf_bd.driver.schedule import Schedule
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.evaluate import validate
 from openrlhf_bd.records import Prompt
+from openrlhf_bd.rollout.calls import wait_for
 from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
 from openrlhf_bd.student.data import RowStores

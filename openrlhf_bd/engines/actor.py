@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,8 @@ class GenerationEngine:
 
     def _rpc(self, method: str, *arguments: Any) -> list[Any]:
         """What a method of the workers answers, between two steps."""
-        return self._loop.call(lambda: self.llm.collective_rpc(method, args=arguments))
+        with self._naming_lost_workers():
+            return self._loop.call(lambda: self.llm.collective_rpc(method, args=arguments))
 
     def _sampling_params(self, **options: Any) -> SamplingParams:
         from vllm import SamplingParams
@@ -180,8 +182,24 @@ class GenerationEngine:
                     f"request {index}: found {num_prompt} prompt tokens and {num_new} to sample, expected at least one "
                     f"of each and at most {limit} in all (max_model_len of the engine)"
                 )
-        requests = zip(prompts, params, strict=True)
-        return self._loop.run(Request([int(token) for token in prompt], param) for prompt, param in requests)
+        requests = [
+            Request([int(token) for token in prompt], param) for prompt, param in zip(prompts, params, strict=True)
+        ]
+        with self._naming_lost_workers():
+            return self._loop.run(requests)
+
+    @contextmanager
+    def _naming_lost_workers(self) -> Iterator[None]:
+        """Say so where a process of a parallel engine died; of what it worked on vLLM only says "cancelled"."""
+        try:
+            yield
+        except RuntimeError as error:
+            is_parallel = self.arguments["llm"]["tensor_parallel_size"] > 1
+            # After a shutdown there is none.
+            llm: Any = vars(self).get("llm")
+            if is_parallel and llm is not None and llm.llm_engine.engine_core.engine_core.model_executor.is_failed:
+                raise RuntimeError("a worker process of the engine died") from error
+            raise
 
     def _completion(self, token_ids: Sequence[int]) -> Completion:
         stopped = token_ids[-1] in self.stop_token_ids

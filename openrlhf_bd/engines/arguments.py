@@ -180,6 +180,8 @@ def engine_environment(model_path: str, *, num_threads: int = 1, device: Device 
     }
     if (device or default_device()) == "cpu":
         environment["TORCHDYNAMO_DISABLE"] = "1"
+        # vLLM would give each process of a parallel engine a NUMA node of its own, and fails where there are fewer.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if Path(model_path).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     return environment

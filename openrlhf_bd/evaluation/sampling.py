@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from openrlhf_bd.errors import BDError, ClusterError, DataError
+from openrlhf_bd.errors import ClusterError, DataError
 from openrlhf_bd.records import Prompt, Rollout
+from openrlhf_bd.rollout.calls import wait_for
 
 if TYPE_CHECKING:
     from openrlhf_bd.engines.actor import Completion
@@ -177,7 +177,7 @@ def run_batches(
                 running[submit(actor, items[span.start : span.stop])] = (actor, span)
             ref = _wait_for_one(running, timeout_s=timeout_s, what=what)
             actor, span = running.pop(ref)
-            for index, result in zip(span, _get(ref, what=what), strict=True):
+            for index, result in zip(span, wait_for(ref, timeout_s=timeout_s, what=what), strict=True):
                 results[index] = result
             idle.append(actor)
             if on_progress is not None:
@@ -206,16 +206,3 @@ def _wait_for_one(running: dict[Any, tuple[Any, range]], *, timeout_s: float, wh
             "again to resume"
         )
     return ready[0]
-
-
-def _get(ref: Any, *, what: str) -> Any:
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, BDError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise ClusterError(
-            f"an engine died while it worked on {what}: {error}. Run the same command again to resume"
-        ) from error

@@ -9,6 +9,7 @@ from openrlhf_bd.store.cut_sets import incomplete_share
 from openrlhf_bd.store.manifest import StoreManifest
 from openrlhf_bd.store.reader import StoreReader
 from openrlhf_bd.store.statistics import StoreSummary, one_token_share, summary
+from openrlhf_bd.store.verify import verify_store
 from openrlhf_bd.store.writer import StoreWriter
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "incomplete_share",
     "one_token_share",
     "summary",
+    "verify_store",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from openrlhf_bd.store.folder import StoreFolder
 from openrlhf_bd.store.journal import JOURNAL_FILE, Journal, SealedShard
 from openrlhf_bd.store.manifest import FORMAT_VERSION, StoreState
-from openrlhf_bd.store.shard_file import ShardFile
+from openrlhf_bd.store.shard_file import ShardFile, require_sizes
 
 
 def sealed_shards(folder: StoreFolder, state: StoreState, journal: Journal) -> Iterator[SealedShard]:
@@ -22,6 +22,7 @@ def sealed_shards(folder: StoreFolder, state: StoreState, journal: Journal) -> I
         StoreError: the lists are damaged; in stores of format version 1, which have no journal, also a shard.
     """
     if state.listed is not None:
+        require_sizes(folder, state.listed, folder.sizes())
         for entry in state.listed:
             yield ShardFile(folder, entry, state.store_id).sealed()
         return

@@ -17,7 +17,7 @@ from openrlhf_bd.store.journal import Journal, SealedShard
 from openrlhf_bd.store.listing import sealed_shards
 from openrlhf_bd.store.manifest import REMEDY, QuarantinedRow, StoreManifest, StoreState
 from openrlhf_bd.store.order import natural_order
-from openrlhf_bd.store.shard_file import RowGroup, ShardFile, check_size, foreign_shard, is_whole, unlisted_shards
+from openrlhf_bd.store.shard_file import RowGroup, ShardFile, foreign_shard, require_sizes, unlisted_shards
 
 # N rows of the store.
 
@@ -191,20 +191,6 @@ class StoreReader:
             finally:
                 file.close()
 
-    def verify(self) -> None:
-        """Compare every byte of every shard with what was sealed (SHA-256).
-
-        Raises:
-            StoreError: the message names each file that differs, and its rows.
-        """
-        damaged = [
-            f"{self.path}/{entry.file}: its content is not what was sealed ({entry.num_rows} rows)"
-            for entry in self._shards
-            if not is_whole(self._folder, entry)
-        ]
-        if damaged:
-            raise StoreError("\n".join(damaged) + f"\nFor each: {REMEDY}")
-
     def _add(self, sealed: SealedShard) -> None:
         rows, num_rows = sealed.rows, sealed.shard.num_rows
         columns = {
@@ -222,8 +208,7 @@ class StoreReader:
 
     def _check_files(self) -> None:
         sizes = self._folder.sizes()
-        for entry in self._shards:
-            check_size(self._folder, entry, sizes.get(entry.file))
+        require_sizes(self._folder, self._shards, sizes, self.row_ids)
         # Beside an unfinished store such a file may be a shard that is being sealed right now.
         if self.complete and (foreign := unlisted_shards(sizes, self._shards)):
             raise foreign_shard(f"{self.path}/{foreign[0]}")

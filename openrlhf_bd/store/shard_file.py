@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from openrlhf_bd.store.shards import STORE_ID_KEY, fault_of_origin, fault_of_set
 # Memory of a decoded row group beside its arrays, and of each of its rows: what counts where shards are small.
 _GROUP_BYTES, _ROW_BYTES = 16_384, 256
 
+# Row ids that a message names of a damaged shard.
+_SHOWN_IDS = 4
+
 # What Arrow raises for bytes that are no Parquet, wrong checksums included.
 _ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
@@ -44,25 +47,63 @@ def foreign_shard(path: str) -> StoreError:
     )
 
 
-def check_size(folder: StoreFolder, entry: ShardEntry, size_bytes: int | None) -> None:
-    """Refuse a shard that is missing, or longer or shorter than when it was sealed.
+def fault_of_size(entry: ShardEntry, size_bytes: int | None) -> str | None:
+    """What is wrong with a shard that is missing, or longer or shorter than when it was sealed, in words; else None.
+
+    Args:
+        entry: the shard as it was sealed.
+        size_bytes: of its file; None where it is missing.
+    """
+    if size_bytes is None:
+        return "missing; the store lists it"
+    if size_bytes != entry.size_bytes:
+        return f"{size_bytes} bytes, expected {entry.size_bytes}; it was cut, overwritten or copied only in part"
+    return None
+
+
+def damage(folder: StoreFolder, entry: ShardEntry, fault: str, row_ids: Sequence[str] = ()) -> str:
+    """A line that names a damaged shard and its rows, for `damaged`.
 
     Args:
         folder: of the store.
         entry: the shard as it was sealed.
-        size_bytes: of its file; None where it is missing.
+        fault: what is wrong with it, in words.
+        row_ids: of its rows, where they are known.
+    """
+    shown: Sequence[str] = row_ids
+    if len(row_ids) > _SHOWN_IDS:
+        shown = [*row_ids[: _SHOWN_IDS - 1], "...", row_ids[-1]]
+    names = f": {', '.join(shown)}" if row_ids else ""
+    return f"{folder}/{entry.file}: {fault} ({entry.num_rows} rows{names})"
+
+
+def damaged(damages: Sequence[str]) -> StoreError:
+    """The error for all damaged shards of a store, from their lines."""
+    return StoreError("\n".join(damages) + f"\n{'For each: ' if len(damages) > 1 else ''}{REMEDY}")
+
+
+def require_sizes(
+    folder: StoreFolder, shards: Iterable[ShardEntry], sizes: Mapping[str, int | None], row_ids: Sequence[str] = ()
+) -> None:
+    """Refuse shards that are missing, or longer or shorter than when they were sealed.
+
+    Args:
+        folder: of the store.
+        shards: as they were sealed.
+        sizes: bytes of each file of the folder.
+        row_ids: of all rows in the order of the shards, where they are known.
 
     Raises:
-        StoreError: the message names the file.
+        StoreError: the message names each of them, and its rows.
     """
-    path = f"{folder}/{entry.file}"
-    if size_bytes is None:
-        raise StoreError(f"{path}: missing; the store lists it with {entry.num_rows} rows; {REMEDY}")
-    if size_bytes != entry.size_bytes:
-        raise StoreError(
-            f"{path}: {size_bytes} bytes, expected {entry.size_bytes} ({entry.num_rows} rows); "
-            f"it was cut, overwritten or copied only in part; {REMEDY}"
-        )
+    damages, start = [], 0
+    for entry in shards:
+        end = start + entry.num_rows
+        if fault := fault_of_size(entry, sizes.get(entry.file)):
+            damages.append(damage(folder, entry, fault, row_ids[start:end]))
+        start = end
+    if damages:
+        raise damaged(damages)
 
 
 def is_whole(folder: StoreFolder, entry: ShardEntry) -> bool:
@@ -97,7 +138,7 @@ class ShardFile:
         Raises:
             StoreError: it is missing, damaged, or a shard of another store.
         """
-        check_size(folder, entry, folder.size_bytes(entry.file))
+        require_sizes(folder, [entry], {entry.file: folder.size_bytes(entry.file)})
         self.path, self.entry = f"{folder}/{entry.file}", entry
         self._source = folder.open(entry.file)
         try:

@@ -178,15 +178,17 @@ def one_token_share(reader: StoreReader, *, top_p: float, always_include: Collec
     """
     if not reader.manifest.has_sets or reader.manifest.has_whole_sets:
         return None
-    num_states = num_single = 0
+    num_states, num_single, always = 0, 0, list(always_include)
     for rollouts in reader.scan():
         for sets in (rollout.sets for rollout in rollouts if rollout.sets is not None):
-            first_S = sets.offsets[:-1]
+            first_S, state_M = sets.offsets[:-1], np.repeat(np.arange(sets.num_states), sets.sizes_S)
             single_S = sets.sizes_S == 1
             if sets.logprobs_M is not None:
                 single_S |= np.exp(sets.logprobs_M[first_S]) >= top_p
-            for token_id in always_include:
-                single_S &= sets.ids_M[first_S] == token_id
+            # Always-included ids stay, but those that a server did not tell (`max_candidates`) are not there.
+            stays_M = np.isin(sets.ids_M, always)
+            stays_M[first_S] = False
+            single_S &= np.bincount(state_M[stays_M], minlength=sets.num_states) == 0
             num_states += len(first_S)
             num_single += int(single_S.sum())
     return num_single / num_states if num_states else None

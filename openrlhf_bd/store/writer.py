@@ -21,7 +21,7 @@ from openrlhf_bd.store.journal import JOURNAL_FILE, Journal, SealedShard, ShardR
 from openrlhf_bd.store.listing import list_again, sealed_shards
 from openrlhf_bd.store.manifest import JOB_FILE, MANIFEST_FILE, QuarantinedRow, ShardEntry, StoreManifest, StoreState
 from openrlhf_bd.store.order import natural_key
-from openrlhf_bd.store.shard_file import check_size, foreign_shard, shard_store_id, unlisted_shards
+from openrlhf_bd.store.shard_file import foreign_shard, require_sizes, shard_store_id, unlisted_shards
 from openrlhf_bd.store.shards import arrow_schema, check_rollout, write_shard
 
 logger = logging.getLogger(__name__)
@@ -243,9 +243,9 @@ class StoreWriter:
 
     def _read_shards(self, state: StoreState, sizes: Mapping[str, int | None]) -> None:
         for sealed in sealed_shards(self._folder, state, self._journal):
-            check_size(self._folder, sealed.shard, sizes.get(sealed.shard.file))
             self._shards.append(sealed.shard)
             self._sealed_ids.extend(sealed.rows.row_ids)
+        require_sizes(self._folder, self._shards, sizes, self._sealed_ids)
 
     def _remove_temporaries(self, sizes: Mapping[str, int | None]) -> None:
         for name in sizes:

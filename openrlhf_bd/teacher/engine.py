@@ -35,7 +35,7 @@ class TeacherEngine(GenerationEngine):
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._rows = itertools.count()
-        # One call at a time: what is recorded is forgotten at its end.
+        # One call at a time: the next one forgets what a failed one had recorded.
         self._recording = threading.Lock()
         super().__init__(arguments)
 
@@ -142,13 +142,13 @@ class TeacherEngine(GenerationEngine):
     ) -> tuple[list[Any], list[RecordedStates]]:
         """Outputs and recorded states of requests; without num_states one state for each sampled token."""
         with self._recording:
-            try:
-                outputs = [sampled.output for sampled in self._run(prompts, params)]
-                if num_states is None:
-                    num_states = [len(output.outputs[0].token_ids) for output in outputs]
-                fetched = self._rpc("take_recorded", rows, num_states)
-            finally:
-                self._rpc("forget_recorded")
+            # What a call that failed left behind. Not at its own end: workers that died would fail once more, and hide
+            # the error that tells why.
+            self._rpc("forget_recorded")
+            outputs = [sampled.output for sampled in self._run(prompts, params)]
+            if num_states is None:
+                num_states = [len(output.outputs[0].token_ids) for output in outputs]
+            fetched = self._rpc("take_recorded", rows, num_states)
         return outputs, list(fetched[0].rows())
 
     def _rollout(self, request: RolloutRequest, token_ids: Sequence[int], states: RecordedStates) -> Rollout:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.errors import BDError, ClusterError
+from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Prompt, Rollout
+from openrlhf_bd.rollout.calls import EngineLostError, engine_result
 from openrlhf_bd.store import StoreManifest, StoreWriter
 from openrlhf_bd.store.cut_sets import count_incomplete
 from openrlhf_bd.teacher.ledger import Batch, Ledger, Quarantined
@@ -104,10 +104,6 @@ class _Work:
     engine: Any
     batch: Batch | None
     deadline: float
-
-
-class EngineLostError(Exception):
-    """An engine died, hung or failed; the message says how."""
 
 
 def generate_teacher_data(
@@ -220,17 +216,7 @@ class _Job:
     def _result(self, ref: Any) -> Any:
         if not ray.wait([ref], timeout=0)[0]:
             raise EngineLostError("it did not answer in time")
-        try:
-            return ray.get(ref)
-        except RayActorError as error:
-            raise EngineLostError(f"it died: {_first_line(error)}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, BDError):
-                raise error.cause from None
-            raise EngineLostError(f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
-        except RayError as error:
-            # Its machine went away with the rows that it had made.
-            raise EngineLostError(f"its rows were lost: {_first_line(error)}") from error
+        return engine_result(ref)
 
     def _commit(self, rollouts: list[Rollout]) -> None:
         self._writer.append(rollouts)
@@ -319,7 +305,3 @@ def _at_once(config: Config) -> int:
     """Rows that an engine, or a client of a server, works on at once."""
     teacher = config.teacher
     return teacher.max_num_seqs if teacher.api_base is None else teacher.api_concurrency
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from openrlhf_bd.store import StoreReader
+from openrlhf_bd.store import StoreReader, verify_store
 from tests.integration.tiny_job import JOB_TIMEOUT_S, job_environment, job_flags, run_job, write_inputs
 from tests.small_disk import NAMESPACE, can_mount
 
@@ -58,7 +58,7 @@ def sealed_shards(store: Path) -> dict[str, bytes]:
 def require_whole(store: Path, sealed_before: dict[str, bytes]) -> None:
     """Every row once, shards as they were sealed, and nothing in the folder that does not belong there."""
     reader = StoreReader(store)
-    reader.verify()
+    verify_store(reader.path)
     assert sorted(reader.row_ids) == ALL_ROWS
     shards = sealed_shards(store)
     assert sealed_before.items() <= shards.items()

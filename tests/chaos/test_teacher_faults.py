@@ -26,7 +26,7 @@ from openrlhf_bd.driver.engines import engine_actors
 from openrlhf_bd.engines.arguments import RecordOptions, engine_arguments, engine_environment
 from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Prompt, Rollout
-from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
+from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter, verify_store
 from openrlhf_bd.teacher.engine import TeacherEngine
 from openrlhf_bd.teacher.generate import GenerationStats, generate_teacher_data
 from openrlhf_bd.teacher.requests import RolloutRequest
@@ -149,8 +149,6 @@ class Teacher:
             record=RecordOptions(TOP_P, logprobs=True),
         )
         arguments["faults"] = {"folder": str(record), "store": str(self.store), "rows": rows}
-        # Two workers of an engine share the machine's cores here.
-        environment = engine_environment(self.model) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         manifest = StoreManifest(kind="teacher", top_p=TOP_P, has_logprobs=True, num_prompts=NUM_PROMPTS)
         with (
             StoreWriter(self.store, manifest, ROWS_PER_SHARD) as store,
@@ -159,7 +157,7 @@ class Teacher:
                 arguments,
                 num_engines=num_engines,
                 gpus_per_engine=tensor_parallel_size,
-                environment=environment,
+                environment=engine_environment(self.model),
                 timeout_s=240.0,
                 what="the engines",
             ) as engines,
@@ -184,7 +182,7 @@ class Teacher:
     def require_whole(self, *, without: Sequence[str] = ()) -> None:
         """Every row is there once, shards are what they were at each fault, and nothing is left of lost engines."""
         reader = StoreReader(self.store)
-        reader.verify()
+        verify_store(reader.path)
         assert sorted(reader.row_ids) == sorted({f"q{index}:0" for index in range(NUM_PROMPTS)} - set(without))
         at_the_end = shard_hashes(self.store)
         for fired in (each for times in self.fired().values() for each in times):
@@ -289,7 +287,7 @@ def test_stopped_engine_is_ended_and_replaced(teacher: Teacher) -> None:
     teacher.require_whole()
 
 
-def test_lost_workers_of_a_parallel_engine(teacher: Teacher) -> None:
+def test_lost_workers_of_a_parallel_engine(teacher: Teacher, caplog: pytest.LogCaptureFixture) -> None:
     """An engine over two processes: one of them killed, then one stopped. Each time the whole engine is replaced.
 
     No process of it is left. An engine that ends in peace gives back the memory that its processes share; of one that
@@ -302,6 +300,7 @@ def test_lost_workers_of_a_parallel_engine(teacher: Teacher) -> None:
     # The actor, two workers, and what Python starts beside them.
     assert all(len(each.pids) >= 3 for (each,) in fired.values())
     assert (stats.rows, stats.replaced_engines) == (NUM_PROMPTS, 2)
+    assert "a worker process of the engine died" in caplog.text
     teacher.require_whole()
     engines = list(teacher.engines().values())
     # vLLM's CPU collectives have segments of their own, which stay where a busy machine lets workers end too slowly.

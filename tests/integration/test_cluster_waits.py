@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from openrlhf_bd.driver.cluster import cluster_device, placed, wait_for
+from openrlhf_bd.driver.cluster import cluster_device, placed
 from openrlhf_bd.errors import ClusterError, DataError
+from openrlhf_bd.rollout.calls import wait_for
 
 pytestmark = pytest.mark.integration
 

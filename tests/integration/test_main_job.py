@@ -12,7 +12,7 @@ from tiny_job import job_flags, run_job, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_bd.evaluation.results import Evaluation
-from openrlhf_bd.store import StoreReader
+from openrlhf_bd.store import StoreReader, verify_store
 
 pytestmark = pytest.mark.integration
 
@@ -55,7 +55,7 @@ def test_store_holds_every_row_once(finished_run: Path) -> None:
         assert rollout.sets is not None
         assert rollout.sets.num_states - len(rollout.response_ids) == (rollout.finish_reason == "length")
         assert rollout.sets.logprobs_M is not None
-    reader.verify()
+    verify_store(reader.path)
 
 
 def test_metrics_have_every_step_once(finished_run: Path) -> None:

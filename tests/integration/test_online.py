@@ -139,22 +139,21 @@ def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
 
     The teacher samples three tenths of their tokens: behaviour log-probabilities are those of the mixture.
     """
-    folder = run(
-        inputs,
-        "warm",
-        **(ONLINE | {"algo__distill__mode": "offline_then_online"}),
-        algo__distill__offline_steps="2",
-        algo__distill__rollout="student",
-        algo__distill__max_staleness="0",
-        algo__distill__stale_rows="discard",
-        algo__distill__in_flight="abort",
-        algo__distill__teacher_mix="0.3",
-        train__colocate_all="true",
-        ckpt__save_steps="1",
-        ckpt__save_hf="true",
-        ckpt__max_num="9",
-        eval__dataset="",
-    )
+    options = ONLINE | {
+        "algo__distill__mode": "offline_then_online",
+        "algo__distill__offline_steps": "2",
+        "algo__distill__rollout": "student",
+        "algo__distill__max_staleness": "0",
+        "algo__distill__stale_rows": "discard",
+        "algo__distill__in_flight": "abort",
+        "algo__distill__teacher_mix": "0.3",
+        "train__colocate_all": "true",
+        "ckpt__save_steps": "1",
+        "ckpt__save_hf": "true",
+        "ckpt__max_num": "9",
+        "eval__dataset": "",
+    }
+    folder = run(inputs, "warm", **options)
     rows = rows_of(folder)
     assert {row.origin.step for row in rows if row.origin} == {3, 4, 5, 6}
     assert all(row.origin and row.origin.policy_version == row.origin.step - 1 for row in rows)
@@ -169,3 +168,12 @@ def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
         student_T = response_logprobs(folder / "checkpoints" / f"global_step{row.origin.policy_version}_hf", row)
         expected_T = np.logaddexp(np.log(0.3) + row.logprobs_T, np.log(0.7) + student_T)
         np.testing.assert_allclose(row.origin.behaviour_logprobs_T, expected_T, atol=1e-4)
+
+    # The same command looks at both stores first.
+    shard = folder / "rollouts" / "shard-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = run_job(*job_flags(inputs, folder, **options))
+    assert again.returncode == 74, again.stdout
+    assert f"{shard}: its content is not what was sealed ({BATCH} rows: " in again.stdout

@@ -97,9 +97,9 @@ def spoil_the_journal(store: Path, foreign: Path) -> None:
 
 DAMAGES: list[tuple[Callable[[Path, Path], None], str, str]] = [
     (cut, shard(0), "it was cut, overwritten or copied only in part"),
-    (flip_a_bit, shard(1), "is not what was sealed (8 rows)"),
-    (remove, shard(2), "missing; the store lists it with 8 rows"),
-    (exchange, shard(3), "(8 rows)"),
+    (flip_a_bit, shard(1), "is not what was sealed (8 rows: "),
+    (remove, shard(2), "missing; the store lists it (8 rows: "),
+    (exchange, shard(3), "(8 rows: "),
     (add, shard(9), "does not list this shard"),
     (spoil_the_journal, "shards.jsonl, line 6", "damaged or edited by hand"),
 ]

@@ -556,7 +556,7 @@ def test_tensor_parallel_teacher_records_once(teacher: Teacher, models: Models) 
         tensor_parallel_size=2,
         record=teacher.arguments["record"],
     )
-    actor = teacher_actor(arguments, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    actor = teacher_actor(arguments)
     parallel = Teacher(actor, arguments)
     assert get(actor.__ray_call__.remote(lambda engine: engine._rpc(is_recording))) == [True, False]
     sampled = generate(parallel, requests(16, seed=11))

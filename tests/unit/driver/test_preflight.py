@@ -631,7 +631,7 @@ def test_disk_space_of_checkpoints(room):
     """A checkpoint takes the weights, Adam's states and each average; with adapters the weights alone."""
     often = ("--ckpt.save_steps", "1", "--ckpt.max_num", "1", "--eval.dataset", "none")
     plain, ema, lora = (
-        preflight(config_of(*often, *extra), stages=["train"]).disk_bytes
+        sum(use.num_bytes for use in preflight(config_of(*often, *extra), stages=["train"]).disk)
         for extra in ((), ("--train.enable_ema",), ("--train.enable_ema", "--ds.lora.rank", "4"))
     )
     # The student has 50,400 numbers of 4 bytes: two copies of it, and a second checkpoint before the first one goes.

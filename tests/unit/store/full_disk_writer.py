@@ -19,7 +19,7 @@ from pathlib import Path
 from rows import assert_same_rollout, teacher_manifest, teacher_rows
 
 from openrlhf_bd.errors import StoreError
-from openrlhf_bd.store import StoreReader, StoreWriter
+from openrlhf_bd.store import StoreReader, StoreWriter, verify_store
 
 ROOM_BYTES = 2**24
 ROWS_PER_SHARD = 6
@@ -44,7 +44,7 @@ def main(folder: Path, kind: str, size_bytes: int) -> None:
     set_size(folder, ROOM_BYTES)
     _write(folder)
     reader = StoreReader(folder)
-    reader.verify()
+    verify_store(reader.path)
     for row, expected in zip(reader.rollouts(range(20)), teacher_rows(), strict=True):
         assert_same_rollout(row, expected)
     assert all((folder / name).read_bytes() == before[name] for name in before)

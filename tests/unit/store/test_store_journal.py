@@ -10,7 +10,7 @@ import pytest
 
 from openrlhf_bd.cli.inspect_store import main as inspect_main
 from openrlhf_bd.errors import StoreError
-from openrlhf_bd.store import StoreReader, StoreWriter
+from openrlhf_bd.store import StoreReader, StoreWriter, verify_store
 from openrlhf_bd.store.fingerprints import fingerprint_json
 from openrlhf_bd.store.repair import take_out_damaged
 from tests.unit.store.deaths import whole_lines
@@ -30,7 +30,7 @@ def finish(store: Path) -> None:
     with StoreWriter(store, teacher_manifest(), rows_per_shard=4) as writer:
         writer.append(teacher_rows())
     reader = StoreReader(store)
-    reader.verify()
+    verify_store(reader.path)
     for found, expected in zip(reader.rollouts(range(20)), teacher_rows(), strict=True):
         assert_same_rollout(found, expected)
 

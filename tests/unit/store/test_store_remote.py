@@ -15,7 +15,7 @@ import pytest
 from openrlhf_bd.cli.inspect_store import main as inspect_main
 from openrlhf_bd.cli.main import main
 from openrlhf_bd.errors import RunFolderError, StoreError
-from openrlhf_bd.store import StoreReader, StoreWriter
+from openrlhf_bd.store import StoreReader, StoreWriter, verify_store
 from openrlhf_bd.store.folder import is_url, open_folder
 from openrlhf_bd.store.repair import take_out_damaged
 from tests.unit.store.deaths import die_everywhere
@@ -48,7 +48,7 @@ def test_rows_come_back(url: str) -> None:
     assert reader.path == url
     for found, expected in zip(reader.rollouts(range(20)), teacher_rows(), strict=True):
         assert_same_rollout(found, expected)
-    reader.verify()
+    verify_store(reader.path)
     assert inspect_main([url, "--verify"]) == 0
 
 
@@ -113,7 +113,7 @@ def test_damage_is_found_and_mended(url: str) -> None:
     assert folder.size_bytes("damaged/shard-00001.parquet.0") is not None
     write(url)
     reader = StoreReader(url)
-    reader.verify()
+    verify_store(reader.path)
     for found, expected in zip(reader.rollouts(range(20)), teacher_rows(), strict=True):
         assert_same_rollout(found, expected)
 
@@ -136,7 +136,7 @@ def test_killed_writer_is_resumed(tmp_path: Path) -> None:
             writer.quarantine("train:9:1", "it died")
             writer.append(teacher_rows()[:-1])
         reader = StoreReader(url)
-        reader.verify()
+        verify_store(reader.path)
         for found, expected in zip(reader.rollouts(range(19)), teacher_rows()[:-1], strict=True):
             assert_same_rollout(found, expected)
         assert names(url) == ["manifest.json", *[f"shard-{n:05d}.parquet" for n in range(4)], "shards.jsonl"]

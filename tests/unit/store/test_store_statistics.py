@@ -81,8 +81,20 @@ def test_one_token_share(tmp_path: Path) -> None:
     assert one_token_share(reader, top_p=0.8) == 0.5
     assert one_token_share(reader, top_p=0.4) == 1.0
     assert one_token_share(reader, top_p=0.6) == 0.5
-    # With token 1 always there, only the set whose first token it is can be a single one.
-    assert one_token_share(reader, top_p=0.4, always_include=(1,)) == 0.25
+    # A set whose second token is always there keeps it.
+    assert one_token_share(reader, top_p=0.4, always_include=(2,)) == 0.75
+    assert one_token_share(reader, top_p=0.4, always_include=(1,)) == 1.0
+
+
+def test_one_token_share_of_cut_sets(tmp_path: Path) -> None:
+    """An always-included id that a server did not tell is not in a cut set, which is a single token without it.
+
+    Sets {5}, {6, 4, 3}, {1, 2}, {8}; p = 0.4 leaves the first token, and 3 where it was told: 3 of 4 are single.
+    """
+    manifest = teacher_manifest(num_prompts=2, n_samples_per_prompt=1, max_candidates=3, always_include=(3,))
+    with StoreWriter(tmp_path, manifest) as writer:
+        writer.append(hand_made_rows())
+    assert one_token_share(StoreReader(tmp_path), top_p=0.4, always_include=(3,)) == 0.75
 
 
 def test_store_of_p_of_one(tmp_path: Path) -> None:

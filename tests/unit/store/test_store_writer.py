@@ -12,7 +12,7 @@ import pytest
 
 from openrlhf_bd.errors import RunFolderError, StoreError
 from openrlhf_bd.records import Rollout
-from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
+from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter, verify_store
 from openrlhf_bd.store.repair import take_out_damaged
 from tests.unit.store.deaths import die_everywhere, whole_lines
 from tests.unit.store.rows import (
@@ -47,7 +47,7 @@ def test_killed_writer_is_resumed(tmp_path: Path) -> None:
         assert [row.row_id for row in reader.quarantined] == ["train:9:1"]
         for found, row in zip(reader.rollouts(range(19)), expected, strict=True):
             assert_same_rollout(found, row)
-        reader.verify()
+        verify_store(reader.path)
         assert names(folder) == [
             ".lock",
             "manifest.json",
@@ -76,7 +76,7 @@ def test_killed_repair_is_repeated(tmp_path: Path) -> None:
         with StoreWriter(folder, teacher_manifest(), rows_per_shard=5) as writer:
             assert len(writer.completed_row_ids()) == 15
             assert writer.append(teacher_rows()) == 5
-        StoreReader(folder).verify()
+        verify_store(folder)
 
 
 def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:

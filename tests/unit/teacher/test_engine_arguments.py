@@ -107,6 +107,12 @@ def test_local_model_keeps_the_engine_off_the_hub(model: str) -> None:
     assert all(isinstance(value, str) for value in engine_environment(model, num_threads=2).values())
 
 
+def test_parallel_engines_on_cpus_need_no_numa_node_for_each_process(model: str) -> None:
+    """vLLM binds no threads on CPUs, where it would want as many NUMA nodes as an engine has processes."""
+    assert engine_environment(model, device="cpu")["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(model, device="cuda")
+
+
 def test_head_sizes_are_those_of_the_installed_vllm() -> None:
     """The head sizes that pass the checks are exactly those that vLLM's CPU attention names."""
     # Read, not imported: its import takes longer than all tests here.
