@@ -231,6 +231,8 @@ class RolloutEngine(GenerationEngine):
             self._loop.resume(self._loop.version)
 
     def _refuse(self, reason: str) -> None:
+        if self._is_broken:
+            return  # What is still under way fails too; the first reason says why.
         self._refusal = (
             f"the weights of version {self._version} did not arrive whole: {reason}. This engine generates again after "
             "a whole update, in a new group"
