@@ -176,10 +176,6 @@ class Producer:
         for engine in self._students:
             engine.version, engine.is_ready = version, True
 
-    def is_sealed(self, step: int) -> bool:
-        """Whether the rows of a step are in the store."""
-        return self._flow.is_sealed(step)
-
     def advance(self, *, timeout_s: float, beside: Sequence[Any] = ()) -> None:
         """Make progress: hand out rows, take one result, seal what is complete.
 
@@ -372,6 +368,11 @@ class Producer:
         for step in self._flow.complete_steps():
             started = time.monotonic()
             rows = [self._made.pop(row.row_id) for row in self._plan.rows(step) if row.row_id in self._made]
+            if not rows:
+                raise ClusterError(
+                    f"every row of step {step} was given up, so there is nothing to train on; look at the log for what "
+                    "ended the engines. Sealed rows are safe"
+                )
             self._writer.append(rows)
             self._writer.flush()
             self._staleness[step], self._num_rows[step] = self._flow.seal(step), len(rows)
