@@ -74,13 +74,14 @@ def engine_result(ref: Any, *, losses: tuple[type[BDError], ...] = ()) -> Any:
     """
     try:
         return ray.get(ref)
-    except RayActorError as error:
-        raise EngineLostError(f"it died: {_first_line(error)}") from error
     except RayTaskError as error:
+        # First: one whose cause is an actor's death, of another actor than this one, is a RayActorError too.
         if isinstance(error.cause, BDError) and not isinstance(error.cause, losses):
             raise error.cause from None
         message = f"it failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
         raise EngineLostError(message, of_another=isinstance(error.cause, RayActorError)) from error
+    except RayActorError as error:
+        raise EngineLostError(f"it died: {_first_line(error)}") from error
     except RayError as error:
         raise EngineLostError(f"its result was lost: {_first_line(error)}") from error
 
