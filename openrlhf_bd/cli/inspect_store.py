@@ -27,7 +27,7 @@ from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreSummary, summary
 from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
 from openrlhf_bd.store.folder import StorePath, open_folder
-from openrlhf_bd.store.manifest import JOB_FILE
+from openrlhf_bd.store.manifest import JOB_FILE, StoreState
 from openrlhf_bd.store.repair import DAMAGED_FOLDER, take_out_damaged
 from openrlhf_bd.store.statistics import OnlineSummary, SetSummary
 
@@ -97,6 +97,11 @@ def repair(path: StorePath, console: Console) -> None:
     Raises:
         BDError: the store cannot be repaired, or the job fails; what was whole is as it was.
     """
+    if StoreState.load(open_folder(path)).manifest.online:
+        raise StoreError(
+            f"{path}: rows of an online run were made under the student's weights of their steps, which only that run "
+            "passes through, so they cannot be made again; nothing was changed. Start the run anew in another folder"
+        )
     found = take_out_damaged(path)
     for entry in found.damaged:
         console.print(Text(f"damaged: {entry.file}, {entry.num_rows:,} rows to make again"))

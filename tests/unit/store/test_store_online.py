@@ -180,6 +180,14 @@ def test_summary_of_an_online_store(store: Path, capsys: pytest.CaptureFixture[s
     assert "train:0:1  stop  step 2 by student version 1" in printed
 
 
+def test_repair_of_an_online_store_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows cannot be made again by themselves: status 74, and nothing is changed."""
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert inspect_main([str(store), "--repair"]) == 74
+    assert "rows of an online run were made under the student's weights" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
 def test_summary_of_an_offline_store(tmp_path: Path) -> None:
     """Offline stores have no steps."""
     with StoreWriter(tmp_path, StoreManifest(kind="gold", num_prompts=1)) as writer:
