@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.cli.flags import parse_config
 from openrlhf_bd.driver import job
 from openrlhf_bd.driver.cluster import ray_session
@@ -19,7 +20,7 @@ from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
 from openrlhf_bd.driver.producer import Producer
 from openrlhf_bd.driver.teacher_data import online_manifest, online_path
 from openrlhf_bd.engines.arguments import RecordOptions
-from openrlhf_bd.rollout.plan import RowPlan, student_samples
+from openrlhf_bd.rollout.plan import RowPlan
 from openrlhf_bd.store import StoreWriter
 
 
@@ -31,7 +32,8 @@ def main() -> None:
     student, teacher = str(config.actor.model_name_or_path), str(config.teacher.model_name_or_path)
     tokenizer, stop_ids = load_tokenizer(student, config), stop_tokens(teacher, config)
     prompts = plan.tables["train"]
-    rows = RowPlan(prompts.prompts, config)
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    rows = RowPlan(prompts.prompts, config, rollout=needs.rollout_of(config.algo.distill))
     manifest = online_manifest(config, prompts, tokenizer, rows, stop_ids=stop_ids)
     record = RecordOptions(manifest.top_p, manifest.always_include, logprobs=manifest.has_logprobs)
     sealed = []
@@ -42,7 +44,7 @@ def main() -> None:
             teacher_engines(config, model=teacher, record=record, num_engines=config.teacher.num_engines)
         )
         students = None
-        if student_samples(config.algo.distill):
+        if needs.student_samples(config.algo.distill):
             students = stack.enter_context(rollout_engines(config, model=student))
         producer = Producer(config, prompts.prompts, rows, writer, teachers=teachers, students=students, trained=0)
         for step in range(1, rows.last_step + 1):
