@@ -132,12 +132,9 @@ def test_bounds_that_could_never_be_met_are_refused() -> None:
 
 
 @pytest.mark.parametrize("stale_rows", ["wait", "discard"])
-@pytest.mark.parametrize("max_staleness", [0, 1, 3])
-@pytest.mark.parametrize("sync_steps", [1, 2])
+@pytest.mark.parametrize(("max_staleness", "sync_steps"), [(0, 1), (1, 1), (1, 2), (3, 1), (3, 2), (3, 4)])
 def test_neither_side_waits_for_ever(stale_rows: Any, max_staleness: int, sync_steps: int) -> None:
     """Engines and trainer in random order: every row is used once, never staler than allowed, and the run ends."""
-    if sync_steps > max_staleness + 1:
-        return
     for seed in range(20):
         rng = random.Random(seed)
         rows = plan(30, batch=4, student_fraction=0.5)
