@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 # Arguments that bring a script down to a minute or so; one that is not here has such defaults of its own.
 QUICK = {
     "engine_scaling": ["--rows", "256", "--rounds", "1"],
+    "evaluation": ["--quick"],
     "loss_head": ["--states", "512", "--vocabulary", "50257", "--rounds", "1", "--repeats", "1"],
     "online_memory": ["--steps", "60", "--every", "20", "--settled", "20"],
     "online_overlap": ["--quick"],

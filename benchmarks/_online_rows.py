@@ -16,9 +16,10 @@ from openrlhf_bd.cli.flags import parse_config
 from openrlhf_bd.driver import job
 from openrlhf_bd.driver.cluster import ray_session
 from openrlhf_bd.driver.engines import rollout_engines, teacher_engines
+from openrlhf_bd.driver.manifests import online_manifest
 from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
 from openrlhf_bd.driver.producer import Producer
-from openrlhf_bd.driver.teacher_data import online_manifest, online_path
+from openrlhf_bd.driver.teacher_data import online_path
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.rollout.plan import RowPlan
 from openrlhf_bd.store import StoreWriter

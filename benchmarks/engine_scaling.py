@@ -32,6 +32,7 @@ from openrlhf_bd.store import StoreManifest, StoreWriter
 from openrlhf_bd.teacher.engine import TeacherEngine
 from openrlhf_bd.teacher.generate import generate_teacher_data
 from openrlhf_bd.teacher.requests import RolloutRequest
+from openrlhf_bd.teacher.work import Sampling
 
 VOCABULARY, MAX_LEN, PROMPT_TOKENS = 4096, 96, 24
 RECORD = RecordOptions(top_p=0.8, always_include=(0,), logprobs=True)
@@ -94,7 +95,7 @@ def run_job(engines: Sequence[Any], prompts: Sequence[Prompt], config: Config, f
     )
     started, cpu_started = time.monotonic(), time.process_time()
     with StoreWriter(folder, manifest) as writer:
-        stats = generate_teacher_data(prompts, engines, writer, config=config)
+        stats = generate_teacher_data(Sampling(prompts, config), engines, writer, config=config)
     wall_s, cpu_s = time.monotonic() - started, time.process_time() - cpu_started
     spans = ray.get([engine.take_spans.remote() for engine in engines])
     held = sum(calls[-1][1] - calls[0][0] for calls in spans)

@@ -145,7 +145,17 @@ class OnlineOptions(Section):
 
 
 class DivergenceOptions(Section):
-    """Options of the algorithms that match the teacher's distribution at each state: gkd, rkl, minillm."""
+    """Options of the algorithms that match the teacher's distribution at each state: kd, gkd, rkl, minillm."""
+
+    responses: Literal["teacher", "gold"] = Field(
+        "teacher",
+        description="kd: at whose states the student learns: of the teacher's responses, or of the data set's own",
+    )
+    kd_support: Literal["sets", "full"] = Field(
+        "sets",
+        description="kd: what the KL is over: the recorded candidates and one bucket for all other tokens, or the "
+        "whole vocabulary, by a teacher in each student rank",
+    )
 
     jsd_beta: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.5, description="gkd: coefficient of the Jensen-Shannon divergence; 0 is forward KL, 1 reverse KL"
@@ -421,7 +431,9 @@ class CkptConfig(Section):
     max_mem: Positive = Field(float("inf"), allow_inf_nan=True, description="GB of checkpoints kept")
     load_enable: bool = Field(False, description="start from checkpoints of another run in ckpt.path")
     best_metric_key: str = Field(
-        "", description="validation metric that selects the student, higher is better; empty: rouge_l"
+        "",
+        description="validation measure that selects the student: loss (of references, lower is better; needs no "
+        "engine), rouge_l, accuracy, ...; empty: rouge_l",
     )
 
 
@@ -432,13 +444,27 @@ class EvalConfig(Section):
     split: str = Field("train", description="split of the validation and test data sets")
     steps: Interval = Field(-1, description="validate every so many steps; -1: once an epoch")
     max_samples: PositiveInt | None = Field(None, description="at most so many validation records")
-    test_datasets: str | None = Field(None, description="name=path of the final evaluation, comma-separated")
+    test_datasets: str | None = Field(
+        None,
+        description="name=path of the final evaluation, comma-separated; keys of one set's records follow its path: "
+        "name=path:input_key=question:label_key=answer",
+    )
     seeds: list[int] = Field([10, 20, 30, 40, 50], description="sampling seeds of the final evaluation")
     temperature: NonNegative = Field(1.0, description="sampling temperature")
-    top_p: Probability = Field(1.0, description="nucleus of the sampler")
+    top_p: Probability = Field(1.0, description="nucleus of the sampler in validation")
+    test_top_p: list[float] = Field([1.0, 0.8], description="nuclei of the sampler in the final evaluation")
     max_new_tokens: PositiveInt | None = Field(None, description="longest response; none: what data.max_len leaves")
+    missing_references: Literal["error", "skip"] = Field(
+        "error", description="records without a reference: an error, or answered and left out of Rouge-L, and counted"
+    )
     checker: str | None = Field(None, description="package.module:function(record, response) -> bool, exact accuracy")
     teacher_nll: bool = Field(False, description="also score the samples by the teacher")
+    exposure: bool = Field(
+        False,
+        description="also measure how far student and teacher are apart at the student's own states and at the "
+        "teacher's (final evaluation, samples at temperature 1 without a nucleus)",
+    )
+    exposure_top_p: Probability = Field(0.8, description="mass p of the teacher's sets in these measures")
     num_examples: Annotated[int, Field(ge=0)] = Field(8, description="responses shown in the report")
 
 
@@ -459,6 +485,9 @@ class LoggerConfig(Section):
     )
     peak_tflops: Positive | None = Field(
         None, description="peak TFLOP/s of one rank's device, for mfu; none: known by its name, or measured"
+    )
+    cost_per_gpu_hour: Positive | None = Field(
+        None, description="price of a GPU for an hour, any currency; the report then shows what each stage cost"
     )
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; none: <ckpt.output_dir>/tensorboard")
@@ -492,3 +521,48 @@ class Config(Section):
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     trust_remote_code: bool = Field(False, description="run Python code that a model folder brings")
+
+
+class JudgeOptions(Section):
+    """A judge that compares answers, and how it is asked: `openrlhf-bd judge`, and stages of kind judge."""
+
+    model: str = Field("gpt-4o-mini", description="name of the judge at its server")
+    api_base: str = Field(
+        "https://api.openai.com/v1",
+        description="URL of an OpenAI-compatible server; its key: the environment variable OPENAI_API_KEY",
+    )
+    test_set: str = Field("dolly", description="test set whose responses are compared")
+    seed: int = Field(10, description="sampling seed of these responses")
+    top_p: Probability = Field(1.0, description="nucleus with which these responses were sampled")
+    constrained: bool = Field(
+        False, description="the server can only answer A, B or Tie (structured_outputs of a vLLM server)"
+    )
+    concurrency: PositiveInt = Field(16, description="requests on the way at once")
+    timeout_s: Positive = Field(60.0, description="longest wait for one answer of the server, seconds")
+    max_retries: Count = Field(
+        8, description="further tries, with growing pauses, of a request that the server did not answer or put off"
+    )
+    max_asks: PositiveInt = Field(
+        3, description="times that a judge is asked until its answer is A, B or Tie; then the comparison is not judged"
+    )
+    max_requests: PositiveInt | None = Field(None, description="answers that this call may ask for; none: no limit")
+    max_tokens: PositiveInt | None = Field(
+        None, description="prompt and answer tokens after which this call asks no more; none: no limit"
+    )
+
+
+class RetentionOptions(Section):
+    """Which standard benchmarks, and how: `openrlhf-bd retention`."""
+
+    tasks: str = Field(
+        "lambada_openai,hellaswag,piqa,winogrande,arc_easy",
+        description="tasks or groups of lm-evaluation-harness, comma-separated",
+    )
+    include_path: str | None = Field(None, description="folder of further tasks, YAML files of the harness's form")
+    limit: PositiveInt | None = Field(None, description="at most so many documents a task; none: all")
+    num_fewshot: Count | None = Field(None, description="examples in each prompt; none: what the task says")
+    batch_size: PositiveInt = Field(8, description="sequences at once")
+    device: str = Field("auto", description="cuda, cuda:1, cpu; auto: the first GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights of the model; auto: the checkpoint's type on GPUs, float32 on CPUs"
+    )

@@ -36,7 +36,7 @@ class ClusterError(BDError, RuntimeError):
 
 
 class ResourceError(ClusterError):
-    """More CPUs or GPUs were asked for than the cluster has. Raised before any actor starts."""
+    """The cluster lacks CPUs, GPUs, GPU memory, or folders that all nodes share. Raised before any actor starts."""
 
     exit_status = 2
 

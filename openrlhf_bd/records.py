@@ -7,7 +7,7 @@ the set of the state after its last token), M candidates of one row, flattened o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length"]
 Source = Literal["teacher", "student"]
+Activity = Literal["start", "generate", "score", "train", "sync", "validate", "checkpoint", "evaluate", "wait"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +131,22 @@ class Rollout:
     teacher_prompt_hash: int | None = None
     teacher: str | None = None
     origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What an actor did for a while.
+
+    Attributes:
+        activity: what.
+        start_s: unix time, seconds, by the clock of the actor's machine.
+        end_s: unix time, seconds.
+        step: optimizer step that it belongs to; None where it belongs to none.
+        parts: seconds of what it consists of, by name, in order; the rest of it has no name.
+    """
+
+    activity: Activity
+    start_s: float
+    end_s: float
+    step: int | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)

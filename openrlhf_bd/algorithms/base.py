@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,10 +25,12 @@ class Needs:
 
     Attributes:
         rollouts: gold responses of the data set, or responses that the teacher generates.
-        candidate_sets: the teacher's top-p sets at every state.
+        candidate_sets: the teacher's top-p sets at every state; at those of gold responses a teacher's engine scores
+            the responses.
         candidate_logprobs: the teacher's log-probabilities of the candidates.
         shift_constant: the mean log-sum-exp of the starting student's logits / tau (functional.head.mean_log_sum_exp).
         target_network: a moving average of the student's weights, whose logits StepContext.target_head has.
+        live_teacher: the teacher's logits at every state, by StepContext.teacher_head.
         student_rollouts: responses that the student samples itself, with the log-probabilities under which it did:
             never (its loss has no meaning on them), optional beside the others, or required: then a run is online, or
             its store is what an online run left.
@@ -39,7 +41,13 @@ class Needs:
     candidate_logprobs: bool = False
     shift_constant: bool = False
     target_network: bool = False
+    live_teacher: bool = False
     student_rollouts: Literal["never", "optional", "required"] = "never"
+
+    @property
+    def rows_by_teacher(self) -> bool:
+        """Whether the teacher's engines make the rows: they sample the responses, or score gold ones."""
+        return self.rollouts == "teacher" or self.candidate_sets
 
     def rollout_of(self, options: OnlineOptions) -> Rollouts:
         """Whose responses an online run has: what the options say, else what the algorithm learns from."""
@@ -61,6 +69,7 @@ class StepContext:
         num_rows: rows of the global batch.
         step: optimizer step, counted from 1.
         target_head: the target network's logits at the same states, without gradient; None where `needs` asks for none.
+        teacher_head: the live teacher's logits there, over the student's ids; None where `needs` asks for none.
         generator: for random numbers of the loss, on the head's device; None: torch's own.
         full_diagnostics: whether metrics that read the logits of the whole vocabulary are wanted.
     """
@@ -69,6 +78,7 @@ class StepContext:
     num_rows: float
     step: int = 1
     target_head: StudentHead | None = None
+    teacher_head: StudentHead | None = None
     generator: Generator | None = None
     full_diagnostics: bool = True
 
@@ -117,20 +127,26 @@ class Algorithm(ABC):
         """
 
     @classmethod
-    def refuse_unread(cls, options: DistillConfig) -> None:
+    def refuse_unread(cls, options: DistillConfig, *, without: Collection[str] = (), when: str = "") -> None:
         """Refuse options that differ from their preset and that this algorithm does not read: a wish with no effect.
+
+        Args:
+            options: --algo.distill.*
+            without: of `reads`, what these options leave unread.
+            when: the option that does, for the message.
 
         Raises:
             ConfigError: the message names options and algorithm, and what the algorithm reads.
         """
         if cls.reads is None:
             return
-        unread = {name: value for name, value in changed_objective(options).items() if name not in cls.reads}
+        reads = cls.reads.difference(without)
+        unread = {name: value for name, value in changed_objective(options).items() if name not in reads}
         if unread:
             flags = ", ".join(f"--algo.distill.{name} {str(value).lower()}" for name, value in unread.items())
-            known = ", ".join(name for name in OBJECTIVE_OPTIONS if name in cls.reads)
+            known = ", ".join(name for name in OBJECTIVE_OPTIONS if name in reads)
             raise ConfigError(
-                f"--algo.distill.name {options.name} does not read {flags}; leave "
+                f"--algo.distill.name {options.name}{when and f' with {when}'} does not read {flags}; leave "
                 f"{'it' if len(unread) == 1 else 'them'} out (of the objective's options it reads {known})"
             )
 
@@ -162,4 +178,5 @@ def require_mask(options: DistillConfig) -> None:
         raise ConfigError(
             f"--algo.distill.name {options.name} with --algo.distill.top_p 1 needs the teacher's log-probability of "
             "every token of the vocabulary, which no store holds; use a top_p below 1 (0.999 keeps nearly all)"
+            + (", or --algo.distill.kd_support full" if options.name == "kd" else "")
         )

@@ -11,16 +11,16 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from openrlhf_bd.cli.options import SECRETS, Option, all_options, all_sections, describe_type, nearest
+from openrlhf_bd.cli.options import SECRETS, Option, all_options, all_sections, describe_type, nearest, section_options
 from openrlhf_bd.cli.yaml_files import Given, read_config_file
-from openrlhf_bd.config import Config
+from openrlhf_bd.config import Config, Section
 from openrlhf_bd.errors import BDError, ConfigError, StoreError
 
 COMMAND_LINE = "command line"
@@ -28,6 +28,8 @@ INTERRUPTED = 75
 # What a write to a full disk gives, over a quota, or beyond the size that this process may give a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEASURED_ROWS = 32
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,14 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> tuple[C
     Raises:
         ConfigError: an option or key is unknown, a value has the wrong type, or a YAML file cannot be read.
     """
-    arguments = _parse_flags(_parser(prog, description), argv)
+    arguments = parse_arguments(_parser(prog, description), argv)
     config_files = tuple(arguments.pop("config"))
     dry_run = arguments.pop("dry_run")
     measure = _measured_rows(arguments.pop("measure"), dry_run=dry_run)
     given: dict[str, Given] = {}
     for path in config_files:
         given |= read_config_file(path)
-    given |= {name: _from_command_line(all_options()[name], value) for name, value in arguments.items()}
+    given |= given_flags(arguments)
     return build_config(given), ParsedOptions(
         dry_run, measure, config_files, {name: given[name].where for name in given}
     )
@@ -114,6 +116,32 @@ def _checked(option: Option, given: Given) -> Any:
         return option.check(value)
     except ValueError as error:
         raise ConfigError(_wrong_type(option, given, str(error))) from None
+
+
+def section_from_flags(section: type[SectionType], arguments: Mapping[str, str | list[str]]) -> SectionType:
+    """A section of options from the flags that `add_flag` made of them.
+
+    Args:
+        section: its type.
+        arguments: what was given, by name.
+
+    Raises:
+        ConfigError: a value has the wrong type, or options contradict each other.
+    """
+    options = section_options(section)
+    return section_from_given(
+        section, {name: _from_command_line(options[name], text) for name, text in arguments.items()}
+    )
+
+
+def section_from_given(section: type[SectionType], given: Mapping[str, Given]) -> SectionType:
+    """A section of options from values with their origins, by the options' names in it.
+
+    Raises:
+        ConfigError: a value has the wrong type.
+    """
+    options = section_options(section)
+    return section.model_validate({name: _checked(options[name], item) for name, item in given.items()})
 
 
 def _wrong_type(option: Option, given: Given, expected: str) -> str:
@@ -209,16 +237,26 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{COMMAND_LINE}: {message}; --help describes the options")
 
 
-def _parser(prog: str, description: str) -> _Parser:
-    parser = _Parser(
+def command_parser(prog: str, *, description: str, usage: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose errors are ours, and which leaves out of its result what was not given."""
+    return _Parser(
         prog=prog,
+        description=description,
+        usage=usage,
+        epilog=epilog,
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = command_parser(
+        prog,
         description=description,
         usage=f"{prog} [--config FILE ...] [--dry_run [--measure [ROWS]]] [--OPTION VALUE ...]",
         epilog="Values: defaults < preset < YAML files, in order < flags. Lists take several values; "
         "switches also take true or false; none unsets an option that may be unset.",
-        allow_abbrev=False,
-        exit_on_error=False,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="YAML file of options; repeatable"
@@ -235,21 +273,27 @@ def _parser(prog: str, description: str) -> _Parser:
         help="with --dry_run: start one teacher engine, generate so many rows, and say what disk space, memory and "
         f"time the job will take (without a number: {MEASURED_ROWS})",
     )
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the dotted flag of every option."""
     groups = {
         name: parser.add_argument_group(f"--{name}.*" if name else "other", _first_line(section))
         for name, section in all_sections().items()
         if any(option.section is section for option in all_options().values())
     }
     for option in all_options().values():
-        _add_flag(groups[option.name.rpartition(".")[0]], option)
-    return parser
+        add_flag(groups[option.name.rpartition(".")[0]], option)
 
 
 def _first_line(section: type) -> str | None:
     return (section.__doc__ or "").strip().partition("\n")[0].partition("`: ")[2] or None
 
 
-def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
+def add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
+    """Add an option's flag, named and described as the option is; values come as text (see `section_from_flags`)."""
     takes: dict[str, Any] = {}
     if option.is_flag:
         takes = {"nargs": "?", "const": "true"}
@@ -260,14 +304,31 @@ def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
     group.add_argument(f"--{option.name}", dest=option.name, metavar=metavar, help=text, **takes)
 
 
-def _parse_flags(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What was given, by the arguments' names: of a dotted flag the text, or a list of texts.
+
+    Raises:
+        ConfigError: a flag is unknown, or has no value.
+    """
     try:
         namespace, left_over = parser.parse_known_args(_join_negative_numbers(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(_bad_argument(error)) from None
     if left_over:
-        raise ConfigError(_unknown_argument(left_over[0]))
+        flags = [action.dest for action in parser._actions if action.option_strings]
+        raise ConfigError(_unknown_argument(left_over[0], flags))
     return vars(namespace)
+
+
+def given_flags(arguments: Mapping[str, Any], options: Mapping[str, Option] | None = None) -> dict[str, Given]:
+    """The dotted flags among parsed arguments, by the option's name.
+
+    Args:
+        arguments: of `parse_arguments`.
+        options: by the name of the flag; None: all of the configuration.
+    """
+    options = all_options() if options is None else options
+    return {name: _from_command_line(options[name], value) for name, value in arguments.items() if name in options}
 
 
 def _bad_argument(error: argparse.ArgumentError) -> str:
@@ -277,11 +338,11 @@ def _bad_argument(error: argparse.ArgumentError) -> str:
     return f"{COMMAND_LINE}: --{name} has no value; {expected}"
 
 
-def _unknown_argument(text: str) -> str:
+def _unknown_argument(text: str, flags: Iterable[str]) -> str:
     if not text.startswith("-"):
         return f"{COMMAND_LINE}: {text!r} belongs to no option; quote values that contain spaces"
     flag = text.partition("=")[0]
-    known = nearest(flag.lstrip("-"), [*all_options(), "config", "dry_run", "measure"])
+    known = nearest(flag.lstrip("-"), flags)
     hint = f"did you mean --{known}?" if known else "--help lists all options"
     return f"{COMMAND_LINE}: {flag} is not an option; {hint}"
 

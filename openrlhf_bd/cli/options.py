@@ -91,7 +91,12 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 @cache
 def all_options() -> dict[str, Option]:
     """Every option by dotted name, in the order of the models."""
-    return {option.name: option for option in _walk(Config, "")}
+    return section_options(Config)
+
+
+def section_options(section: type[BaseModel]) -> dict[str, Option]:
+    """Every option of one section by its dotted name in it."""
+    return {option.name: option for option in _walk(section, "")}
 
 
 @cache

@@ -18,6 +18,8 @@ from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.report import main_tables, write_report
 from openrlhf_bd.evaluation.run_data import RunData, with_distinct_labels
 from openrlhf_bd.evaluation.tables import terminal_table
+from openrlhf_bd.evaluation.timeline import read_timeline
+from openrlhf_bd.evaluation.utilisation import utilisation_tables
 from openrlhf_bd.store import StoreReader, StoreSummary, summary
 from openrlhf_bd.store.folder import open_folder
 from openrlhf_bd.store.manifest import StoreState
@@ -79,6 +81,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     )
     for table in main_tables(runs, references):
         console.print(terminal_table(table))
+    for folder, run in zip(options.runs, runs, strict=True):
+        timeline = read_timeline(folder)
+        for use in utilisation_tables(timeline) if timeline is not None else ():
+            console.print(Text(run.label), use)
     console.print(Text(f"report: {output}"))
     return 0
 

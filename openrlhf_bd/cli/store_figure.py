@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from openrlhf_bd.errors import DataError
+from openrlhf_bd.evaluation.published import published
 from openrlhf_bd.store import StoreManifest, StoreSummary
 from openrlhf_bd.store.statistics import SetSummary
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Ranks that the paper names, with the mass that the most probable tokens of its teacher have (Qwen-2.5 3B).
-PAPER_MASS = {7: 0.90, 50: 0.96}
+PAPER_MASS = {rank: published("figure1").groups["Qwen-2.5 3B"][f"top {rank}"][0] for rank in (7, 50)}
 _COLOURS = {"stop": "tab:blue", "length": "tab:orange"}
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from openrlhf_bd.cli.options import all_options, all_sections, nearest
+from openrlhf_bd.cli.options import Option, all_options, all_sections, nearest
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.paths import nearest_path_hint
 
@@ -45,33 +45,69 @@ def read_config_file(path: str | Path, *, seen: tuple[Path, ...] = ()) -> dict[s
     path = Path(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself through {seen[-1]}; take one `{EXTENDS}` out")
-    root = _parse(path)
+    root = parse_yaml(path)
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
-            f"{_where(path, root)}: found {_show(root)}, expected options such as `train: {{batch_size: 8}}`"
+            f"{place_of(path, root)}: found {_show(root)}, expected options such as `train: {{batch_size: 8}}`"
         )
     base: dict[str, Given] = {}
-    given: dict[str, Given] = {}
     for name, node in _leaves(path, root, ""):
         if name == EXTENDS:
             for other in _extended_files(path, node):
                 base |= read_config_file(other, seen=(*seen, path.resolve()))
+    return base | given_options(path, root)
+
+
+def given_options(path: Path, mapping: yaml.MappingNode) -> dict[str, Given]:
+    """The options that a mapping itself gives, by dotted name.
+
+    Raises:
+        ConfigError: a key is unknown or given twice.
+    """
+    given: dict[str, Given] = {}
+    for name, node in _leaves(path, mapping, ""):
+        if name == EXTENDS:
             continue
         if name in given:
-            raise ConfigError(f"{_where(path, node)}: {name} is given twice, first at {given[name].where}; keep one")
-        given[name] = Given(_construct(path, node), _text(node), _where(path, node))
-    return base | given
+            raise ConfigError(f"{place_of(path, node)}: {name} is given twice, first at {given[name].where}; keep one")
+        given[name] = Given(construct(path, node), _text(node), place_of(path, node))
+    return given
 
 
-def _parse(path: Path) -> yaml.Node | None:
+def given_section(path: Path, mapping: yaml.MappingNode, options: Mapping[str, Option]) -> dict[str, Given]:
+    """The options of one section that a mapping gives, by their names in it.
+
+    Raises:
+        ConfigError: a key is unknown.
+    """
+    for key, _ in mapping.value:
+        if str(key.value) not in options:
+            known = nearest(str(key.value), options)
+            hint = f"; did you mean {known}?" if known else f"; expected one of {', '.join(options)}"
+            raise ConfigError(f"{place_of(path, key)}: {key.value} is not an option here{hint}")
+    return {
+        str(key.value): Given(construct(path, node), _text(node), place_of(path, node)) for key, node in mapping.value
+    }
+
+
+def parse_yaml(path: Path, *, asked_by: str = "--config") -> yaml.Node | None:
+    """The nodes of a YAML file, with their lines; None: the file is empty.
+
+    Args:
+        path: the file.
+        asked_by: what named the file, for messages.
+
+    Raises:
+        ConfigError: the file is missing or not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file{nearest_path_hint(path)} (--config)") from None
+        raise ConfigError(f"{path}: there is no such file{nearest_path_hint(path)} ({asked_by})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML text: {error} (--config)") from None
+        raise ConfigError(f"{path}: cannot be read as YAML text: {error} ({asked_by})") from None
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -92,28 +128,33 @@ def _leaves(path: Path, mapping: yaml.MappingNode, prefix: str) -> Iterator[tupl
                 yield from _leaves(path, node, f"{name}.")
             elif _text(node) or not isinstance(node, yaml.ScalarNode):
                 keys = ", ".join(all_sections()[name].model_fields)
-                raise ConfigError(f"{_where(path, node)}: {name} is {_show(node)}; expected options below it: {keys}")
+                raise ConfigError(f"{place_of(path, node)}: {name} is {_show(node)}; expected options below it: {keys}")
         else:
             known = nearest(name, [*all_options(), *all_sections()])
             hint = f"; did you mean {known}?" if known else "; --help lists all options"
-            raise ConfigError(f"{_where(path, key_node)}: {name} is not an option{hint}")
+            raise ConfigError(f"{place_of(path, key_node)}: {name} is not an option{hint}")
 
 
 def _extended_files(path: Path, node: yaml.Node) -> list[Path]:
-    value = _construct(path, node)
+    value = construct(path, node)
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{_where(path, node)}: {EXTENDS} is {value!r}; expected a file name or a list of them")
+        raise ConfigError(f"{place_of(path, node)}: {EXTENDS} is {value!r}; expected a file name or a list of them")
     return [path.parent / name for name in names]
 
 
-def _construct(path: Path, node: yaml.Node) -> Any:
+def construct(path: Path, node: yaml.Node) -> Any:
+    """The plain value of a node.
+
+    Raises:
+        ConfigError: it has none, such as an unknown tag.
+    """
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
         reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
-        raise ConfigError(f"{_where(path, node)}: {reason}; expected a plain value") from None
+        raise ConfigError(f"{place_of(path, node)}: {reason}; expected a plain value") from None
     finally:
         loader.dispose()
 
@@ -127,5 +168,6 @@ def _show(node: yaml.Node) -> str:
     return repr(text) if text is not None else "a list"
 
 
-def _where(path: Path, node: yaml.Node) -> str:
+def place_of(path: Path, node: yaml.Node) -> str:
+    """`file:line` of a node."""
     return f"{path}:{node.start_mark.line + 1}"

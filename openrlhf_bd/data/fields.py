@@ -36,16 +36,53 @@ def text_field(record: Record, key: str, *, option: str, allow_empty: bool = Fal
     return _encodable(value, record, key)
 
 
-def reference_field(record: Record, key: str, *, several: bool) -> str | list[str]:
-    """The reference response of a record; with `several`, also a list of them.
+def reference_field(record: Record, key: str) -> str:
+    """The reference response of a record that a student learns from.
 
     Raises:
         DataError: see `text_field`.
     """
-    value = _value(record, key, "--data.label_key")
-    if several and isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return [_encodable(item, record, key) for item in value]
     return text_field(record, key, option="--data.label_key")
+
+
+def reference_fields(record: Record, key: str, *, allow_missing: bool) -> list[str]:
+    """The reference responses of a record to evaluate: a text, or a list of any number of them.
+
+    Args:
+        record: the record.
+        key: name of the value.
+        allow_missing: a record without the key, with null, an empty text or an empty list has none.
+
+    Raises:
+        DataError: it has none though it must, or what stands there is neither a text nor a list of texts.
+    """
+    value = record.values.get(key)
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        if allow_missing:
+            return []
+        skip = "or leave records without a reference out of Rouge-L by --eval.missing_references skip"
+        try:
+            found = _value(record, key, "--data.label_key")
+        except DataError as error:
+            raise DataError(f"{error}; {skip}") from None
+        raise DataError(
+            f'{record.where}: "{key}" is {_shown(found)}; expected a reference response, a text or a list of texts '
+            f"(see --data.label_key). Fill it in, take the record out, {skip}"
+        )
+    if isinstance(value, str):
+        return [_encodable(value, record, key)]
+    if not isinstance(value, list):
+        raise DataError(
+            f'{record.where}: "{key}" is {_shown(value)}; expected a text or a list of texts, the reference responses '
+            "(see --data.label_key). Correct the record"
+        )
+    for number, item in enumerate(value, start=1):
+        if not isinstance(item, str) or not item.strip():
+            raise DataError(
+                f'{record.where}: reference {number} of {len(value)} in "{key}" is {_shown(item)}; expected a text '
+                "that is not empty (see --data.label_key). Correct it, or take it out of the list"
+            )
+    return [_encodable(item, record, key) for item in value]
 
 
 def messages_field(record: Record, key: str) -> str | list[dict[str, Any]]:
@@ -88,6 +125,8 @@ def _encodable(text: str, record: Record, key: str) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "null"
+    if isinstance(value, str | list) and (not value or (isinstance(value, str) and not value.strip())):
+        return "empty"
     text = repr(value)
     text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
     return f"a {type(value).__name__}, {text}"

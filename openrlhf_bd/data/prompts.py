@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +12,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.config import Config
-from openrlhf_bd.data.fields import reference_field, text_field
+from openrlhf_bd.data.fields import reference_field, reference_fields
 from openrlhf_bd.data.formats import student_format
 from openrlhf_bd.data.limits import prompt_limit, teacher_length
 from openrlhf_bd.data.readers import Record
 from openrlhf_bd.data.sources import load_records
 from openrlhf_bd.data.teacher_view import TeacherView
+from openrlhf_bd.data.test_sets import RecordChecks
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.records import Prompt, Rollout
 
@@ -46,6 +46,9 @@ class PromptTable:
         num_dropped_by_teacher: records left out because the teacher's prompt was over its own limit.
         num_kept_by_teacher: teacher's prompts over that limit of which the last tokens were kept.
         max_teacher_prompt_len: that limit, tokens.
+        num_unscored: of an evaluation, records without a reference.
+        repeats: of an evaluation, records whose prompt and references an earlier one has, each with both places.
+        first_overlong: place and tokens of the first record over a limit; None where there is none.
     """
 
     prompts: list[Prompt]
@@ -56,6 +59,14 @@ class PromptTable:
     num_dropped_by_teacher: int
     num_kept_by_teacher: int
     max_teacher_prompt_len: int
+    num_unscored: int = 0
+    repeats: tuple[str, ...] = ()
+    first_overlong: str | None = None
+
+    @property
+    def num_dropped(self) -> int:
+        """Records that were left out."""
+        return self.num_records - len(self.prompts)
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +94,12 @@ class PromptTable:
         if self.num_kept_by_teacher:
             cut = f"{self.num_kept_by_teacher} teacher's prompts cut"
             text += f"; {cut} to their last {self.max_teacher_prompt_len} tokens"
+        if self.first_overlong is not None:
+            text += f" (the first: {self.first_overlong})"
+        if self.num_unscored:
+            text += f"; {self.num_unscored} without a reference get no Rouge-L"
+        if self.repeats:
+            text += f"; {len(self.repeats)} records count twice (the first: {self.repeats[0]})"
         return text
 
 
@@ -105,7 +122,8 @@ def load_prompts(
         split: split of hub data sets.
         purpose: decides which limit on records holds, and which option messages name. Only "train" is blended by
             `data.prompt_probs`; only "train" wants exactly one reference a record.
-        need_reference: every record must have a reference response in `data.label_key`.
+        need_reference: every record must have a reference response in `data.label_key`; in an evaluation
+            `eval.missing_references` may let them pass.
         teacher: how the teacher sees the prompts; None: nobody asks.
 
     Raises:
@@ -123,23 +141,33 @@ def load_prompts(
     records = load_records(spec, split=split, max_samples=max_samples, probs=probs, option=_OPTIONS[purpose])
 
     keep = config.data.overlong_prompts == "keep"
+    checks = RecordChecks(
+        config.data.label_key if need_reference else None, allow_missing=config.eval.missing_references == "skip"
+    )
     prompts: list[Prompt] = []
-    num_records = 0
+    num_records, first_overlong = 0, None
     for batch in _batches(records, _BATCH_SIZE):
         encoded = student.token_ids(batch)
         views = teacher.of(batch) if teacher is not None else [(None, None)] * len(batch)
-        if need_reference and config.data.label_key is not None:
+        if purpose != "train":
+            checks.see(batch, encoded)
+        elif need_reference and config.data.label_key is not None:
             for record in batch:
-                reference_field(record, config.data.label_key, several=purpose != "train")
+                reference_field(record, config.data.label_key)
         for record, ids, (teacher_ids, name) in zip(batch, encoded, views, strict=True):
             # A teacher's job has many prompts, and nobody reads their records again.
             kept = record.values if need_reference or purpose != "train" else _NO_RECORD
             prompt = Prompt(f"{num_records:08d}", ids, kept, teacher_ids, name)
             num_records += 1
-            if (fitting := _fitted(prompt, *limits, keep=keep)) is not None:
+            fitting = _fitted(prompt, *limits, keep=keep)
+            if fitting is not prompt and first_overlong is None:
+                first_overlong = f"{record.where}, {max(len(ids), len(prompt.seen_by_teacher))} tokens"
+            if fitting is not None:
                 prompts.append(fitting)
     if not prompts:
         raise _all_overlong(spec, num_records, *limits)
+    if purpose != "train":
+        checks.require_scores(spec, num_records=num_records, has_checker=config.eval.checker is not None)
     of_student, of_teacher = limits
     return PromptTable(
         prompts=prompts,
@@ -150,6 +178,9 @@ def load_prompts(
         num_dropped_by_teacher=0 if keep else of_teacher.num_over,
         num_kept_by_teacher=of_teacher.num_over if keep else 0,
         max_teacher_prompt_len=of_teacher.tokens,
+        num_unscored=checks.num_without_reference,
+        repeats=tuple(checks.repeats),
+        first_overlong=first_overlong,
     )
 
 
@@ -229,9 +260,16 @@ def load_evaluation_prompts(
 
 
 def gold_rollouts(
-    table: PromptTable, tokenizer: PreTrainedTokenizerBase, label_key: str, max_len: int
+    table: PromptTable,
+    tokenizer: PreTrainedTokenizerBase,
+    label_key: str,
+    max_len: int,
+    *,
+    teacher_max_len: int | None = None,
 ) -> Iterator[Rollout]:
     """The data set's own responses as rows: reference tokens and the end-of-sequence token after each prompt.
+
+    Of several references, which a validation set may have, it is the first.
 
     Prompt and response are tokenised apart, as they are when the model generates. Text in a reference that spells a
     special token stays text.
@@ -241,6 +279,7 @@ def gold_rollouts(
         tokenizer: the one that made the table.
         label_key: key of the reference response.
         max_len: longest prompt and response together; a longer response is cut, finish reason "length".
+        teacher_max_len: longest prompt as the teacher sees it and response together; None: no teacher reads the rows.
 
     Raises:
         DataError: a record has no reference, or the tokenizer no end-of-sequence token.
@@ -254,38 +293,20 @@ def gold_rollouts(
         for prompt, ids in zip(batch, encoded, strict=True):
             whole = np.asarray([*ids, eos], dtype=np.int32)
             room = max_len - len(prompt.token_ids)
+            if teacher_max_len is not None:
+                room = min(room, teacher_max_len - len(prompt.seen_by_teacher))
             yield Rollout(
                 row_id=f"{prompt.prompt_id}:0",
                 prompt_ids=prompt.token_ids,
                 response_ids=whole[:room],
                 finish_reason="stop" if len(whole) <= room else "length",
+                teacher=prompt.teacher,
             )
 
 
 def _gold_text(prompt: Prompt, label_key: str) -> str:
     record = Record(dict(prompt.record), f"prompt {prompt.prompt_id}")
-    return text_field(record, label_key, option="--data.label_key")
-
-
-def parse_test_datasets(spec: str) -> dict[str, str]:
-    """Name and data set of each entry of `--eval.test_datasets`; an entry without a name takes its file's.
-
-    Raises:
-        ConfigError: an entry is empty, or two have the same name.
-    """
-    found: dict[str, str] = {}
-    for entry in spec.split(","):
-        name, equals, path = (part.strip() for part in entry.partition("="))
-        if not equals:
-            name, path = Path(name).stem, name
-        if not name or not path:
-            raise ConfigError(f"--eval.test_datasets is {spec!r}; expected name=path entries separated by commas")
-        if name in found:
-            raise ConfigError(
-                f"--eval.test_datasets names {name!r} twice; give each data set a name of its own, name=path"
-            )
-        found[name] = path
-    return found
+    return reference_fields(record, label_key, allow_missing=False)[0]
 
 
 def _batches(items: Any, size: int) -> Iterator[list[Any]]:

@@ -156,18 +156,10 @@ def _evaluation_file(demo: Demo, label: str) -> Path:
 def _evaluate(demo: Demo) -> None:
     """Every model that has no evaluation yet, in the same engines."""
     from openrlhf_bd.driver.evaluation import evaluate_models
-    from openrlhf_bd.driver.job import say_reused
 
-    waiting: dict[str, Path] = {}
-    for label, path in _models(demo).items():
-        if _evaluation_file(demo, label).exists():
-            say_reused("evaluation", str(_evaluation_file(demo, label)))
-        else:
-            waiting[label] = path
-    if waiting:
-        config = Config.model_validate(evaluation_options(demo.layout, demo.scale, demo.seed))
-        for evaluation in evaluate_models(config, waiting):
-            evaluation.write(_evaluation_file(demo, evaluation.label))
+    models = _models(demo)
+    config = Config.model_validate(evaluation_options(demo.layout, demo.scale, demo.seed))
+    evaluate_models(config, models, files={label: _evaluation_file(demo, label) for label in models})
 
 
 def _report(demo: Demo) -> None:

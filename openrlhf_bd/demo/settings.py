@@ -135,6 +135,7 @@ def common_options(layout: Layout, scale: Scale, seed: int) -> dict[str, Any]:
             "dataset": layout.split("validation"),
             "temperature": 1.0,
             "max_new_tokens": 96,
+            "test_top_p": [1.0],
             "checker": CHECKER,
             "teacher_nll": True,
         },

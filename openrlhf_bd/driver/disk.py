@@ -150,6 +150,7 @@ def student_bytes(config: Config, student: ModelFacts | None) -> int:
         return 0
     weights = student.num_parameters * PARAMETER_BYTES[config.ds.param_dtype]
     copies = 3 if config.eval.dataset else 2
+    copies += config.ckpt.max_num + 1 if config.ckpt.save_hf and config.ckpt.save_steps > 0 else 0
     if config.ckpt.disable_ds or config.ckpt.save_steps < 0:
         return copies * weights
     num_averages = config.train.enable_ema + (config.algo.distill.next_value_gradient == "target")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.model_files import STUDENT_OPTION, ModelFacts
-from openrlhf_bd.driver.resources import Stage
+from openrlhf_bd.driver.resources import STUDENT_ENGINES, Stage, stage_actors
 from openrlhf_bd.engines.arguments import CPU_HEAD_SIZES, Device, default_device
 from openrlhf_bd.errors import ConfigError
 
@@ -44,5 +44,6 @@ def check_head_sizes(
 
 def _has_engine(option: str, config: Config, stages: Sequence[Stage]) -> bool:
     if option == STUDENT_OPTION:
-        return "evaluate" in stages or ("train" in stages and config.eval.dataset is not None)
-    return "generate" in stages or ("evaluate" in stages and config.eval.teacher_nll)
+        in_training = "train" in stages and STUDENT_ENGINES in [group.what for group in stage_actors(config, "train")]
+        return "evaluate" in stages or in_training
+    return "generate" in stages or ("evaluate" in stages and (config.eval.teacher_nll or config.eval.exposure))

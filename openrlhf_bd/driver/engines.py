@@ -16,6 +16,7 @@ from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.driver.cluster import cluster_device, placed
 from openrlhf_bd.driver.progress import console
 from openrlhf_bd.driver.remote_teacher import is_remote, remote_options
+from openrlhf_bd.driver.timeline import collected, driver_span
 from openrlhf_bd.engines.actor import GenerationEngine
 from openrlhf_bd.engines.arguments import (
     Device,
@@ -25,7 +26,8 @@ from openrlhf_bd.engines.arguments import (
     engine_arguments,
     engine_environment,
 )
-from openrlhf_bd.rollout.calls import CONTROL, CONTROL_CALLS, wait_for
+from openrlhf_bd.evaluation.timeline import STUDENT, TEACHER
+from openrlhf_bd.rollout.calls import CONTROL, CONTROL_CALLS, control, wait_for
 from openrlhf_bd.rollout.sampler import StudentSampler
 from openrlhf_bd.rollout.weights import AdapterSync, EngineSync, Ranks, WeightSync
 from openrlhf_bd.teacher.engine import TeacherEngine
@@ -102,6 +104,7 @@ def teacher_engines(config: Config, *, model: str, record: RecordOptions, num_en
             environment={"OMP_NUM_THREADS": "1"},
             timeout_s=config.cluster.start_timeout_s,
             what="the teacher's clients",
+            lane=TEACHER,
         ) as engines:
             yield engines
         return
@@ -128,6 +131,7 @@ def teacher_engines(config: Config, *, model: str, record: RecordOptions, num_en
         environment=engine_environment(model, device=device),
         timeout_s=config.cluster.start_timeout_s,
         what="the teacher's engines",
+        lane=TEACHER,
     ) as engines:
         yield engines
 
@@ -149,6 +153,7 @@ def student_engines(config: Config, *, model: str) -> Iterator[list[Any]]:
         environment=engine_environment(model, device=device),
         timeout_s=config.cluster.start_timeout_s,
         what="the student's engines",
+        lane=STUDENT,
     ) as engines:
         yield engines.handles
 
@@ -176,6 +181,7 @@ def rollout_engines(config: Config, *, model: str, shared: PlacementGroup | None
         environment=engine_environment(model, device=device),
         timeout_s=config.cluster.start_timeout_s,
         what="the student's engines",
+        lane=STUDENT,
         shared=shared,
     ) as engines:
         yield engines
@@ -240,6 +246,7 @@ def engine_actors(
     environment: dict[str, str],
     timeout_s: float,
     what: str,
+    lane: str | None = None,
     shared: PlacementGroup | None = None,
 ) -> Iterator[EngineActors]:
     """Actors that host one engine each, ended with the block.
@@ -252,6 +259,7 @@ def engine_actors(
         environment: environment variables of the actors' processes.
         timeout_s: longest wait for room, and for the engines to start.
         what: name of the engines in messages.
+        lane: and, with a number each, in the timeline; they answer `take_spans` then. None: not there.
         shared: place them there, beside other actors on the same GPUs, rather than on GPUs of their own.
     """
     share = 1.0 if shared is None else GPU_SHARE
@@ -273,8 +281,17 @@ def engine_actors(
 
         console.print(f"[dim]starting {what}: {num_engines}[/dim]", highlight=False)
         actors = EngineActors(start, num_engines, have_children=gpus_per_engine > 1)
+
+        def take_spans() -> dict[str, Any]:
+            if lane is None:
+                return {}
+            return {f"{lane} {place}": control(handle.take_spans) for place, handle in enumerate(actors.handles)}
+
         try:
-            wait_for([actor.ready.remote() for actor in actors.handles], timeout_s=timeout_s, what=f"{what} to start")
-            yield actors
+            with driver_span("start"):
+                ready = [actor.ready.remote() for actor in actors.handles]
+                wait_for(ready, timeout_s=timeout_s, what=f"{what} to start")
+            with collected(take_spans):
+                yield actors
         finally:
             actors.end()

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -19,24 +20,28 @@ from openrlhf_bd.data.routes import teacher_models
 from openrlhf_bd.driver.cluster import cluster_device, ray_session
 from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.evaluation import evaluate_models
+from openrlhf_bd.driver.loggers import log_evaluation
+from openrlhf_bd.driver.manifests import online_manifest, wanted_manifest
 from openrlhf_bd.driver.models import load_tokenizer, stop_tokens
+from openrlhf_bd.driver.nodes import check_nodes
 from openrlhf_bd.driver.objective import incomplete_sets, unheld_logits
 from openrlhf_bd.driver.online import OnlineInputs, train_online
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.progress import console
-from openrlhf_bd.driver.resources import STAGES, Stage, check_cluster
+from openrlhf_bd.driver.resources import STAGES, Stage, check_cluster, stage_gpus
 from openrlhf_bd.driver.run_folder import CONFIG_FILE, RunFolder, run_identity
 from openrlhf_bd.driver.schedule import offline_schedule, online_schedule, shuffled_schedule
+from openrlhf_bd.driver.selection import validates_by_loss
 from openrlhf_bd.driver.teacher_data import (
     check_rows,
     is_complete_store,
     make_rows,
-    online_manifest,
     online_path,
     rows_path,
-    wanted_manifest,
+    write_validation_rows,
 )
+from openrlhf_bd.driver.timeline import driver_span, recorded
 from openrlhf_bd.driver.training import TrainingInputs, selected_folder, train_student
 from openrlhf_bd.errors import RunFolderError
 from openrlhf_bd.evaluation.checker import load_checker
@@ -49,7 +54,7 @@ from openrlhf_bd.store.folder import StorePath, open_folder
 from openrlhf_bd.store.manifest import StoreState
 from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
-from openrlhf_bd.student.data import RowStores
+from openrlhf_bd.student.row_source import RowStores
 from openrlhf_bd.student.strategy import checkpoint_folder
 
 REPORT_FILE = "report.html"
@@ -82,11 +87,11 @@ def run(config: Config, *, resolved_config: str, plan: Plan, stages: Sequence[St
         The run folder: the selected student at its top, with metrics, evaluation, report and configuration.
 
     Raises:
-        ResourceError: the cluster is too small; nothing was written.
+        ResourceError: the cluster is too small, or its nodes do not see the same files; nothing was written.
         BDError: see each stage. What was finished is kept, and the same command goes on from there.
     """
     path = Path(config.ckpt.output_dir)
-    with _session(config, plan, stages), RunFolder.open(path, run_identity(config)) as folder:
+    with _session(config, plan, stages), RunFolder.open(path, run_identity(config)) as folder, recorded(path):
         (path / CONFIG_FILE).write_text(resolved_config, encoding="utf-8")
         if "train" in stages:
             _claim_checkpoints(config, folder)
@@ -116,6 +121,8 @@ def _session(config: Config, plan: Plan, stages: Sequence[Stage]) -> Iterator[No
     with ray_session(num_gpus=plan.num_gpus) as resources:
         check_cluster(config, resources, stages=stages)
         check_head_sizes(config, plan.models, device=cluster_device(), stages=stages)
+        for line in check_nodes(config, plan):
+            console.print(line, highlight=False, markup=False)
         yield
 
 
@@ -163,6 +170,8 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
     else:
         assert reader is not None
         stores, schedule = RowStores(str(finished)), offline_schedule(config, reader)
+    if validates_by_loss(config):
+        stores = replace(stores, validation=str(write_validation_rows(config, plan.tables["validation"], tokenizer)))
     inputs = TrainingInputs(
         stores=stores,
         schedule=schedule,
@@ -176,10 +185,11 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
     for warning in (unheld_logits(config, needs), incomplete_sets(config, needs)):
         if warning:
             console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+    started = time.monotonic()
     record = train_student(config, inputs) if online is None else train_online(config, inputs, online)
     if online is not None:
-        folder.finish("rows", path=str(online.path), seconds=0.0)
-    folder.finish("training", **record)
+        folder.finish("rows", path=str(online.path), seconds=0.0, gpus=0)
+    folder.finish("training", **record, **_spent(started, gpus=stage_gpus(config, "train")))
     # Only now: a run that was killed before would look for it.
     selection = record["selection"]
     shutil.rmtree(selected_folder(config, selection["tag"] if selection else None))
@@ -232,14 +242,26 @@ def _rows(config: Config, plan: Plan, folder: RunFolder, tokenizer: PreTrainedTo
     if rows.reused:
         say_reused("rows", str(rows.path))
     if folder.finished("rows") is None:
-        folder.finish("rows", path=str(rows.path), seconds=round(time.monotonic() - started, 1))
+        is_generated = needs.rollouts == "teacher" and not rows.reused
+        gpus = stage_gpus(config, "generate") if is_generated else 0
+        folder.finish("rows", path=str(rows.path), **_spent(started, gpus=gpus))
     return rows.path
+
+
+def _spent(started: float, *, gpus: int) -> dict[str, float]:
+    """What a stage took, for the run's record: seconds with the start of its actors, and the GPUs that it held.
+
+    Args:
+        started: monotonic seconds.
+        gpus: in Ray's books; on machines without any they are only numbers.
+    """
+    return {"seconds": round(time.monotonic() - started, 1), "gpus": gpus}
 
 
 def _row_source(config: Config) -> tuple[Needs, str]:
     """What the algorithm reads, and the model whose tokenizer and stop tokens its rows have."""
     needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
-    return needs, _any_teacher(config) if needs.rollouts == "teacher" else str(config.actor.model_name_or_path)
+    return needs, _any_teacher(config) if needs.rows_by_teacher else str(config.actor.model_name_or_path)
 
 
 def _any_teacher(config: Config) -> str:
@@ -269,11 +291,13 @@ def _evaluate(config: Config, folder: RunFolder) -> None:
         say_reused("evaluation", str(folder.path))
         return
     started = time.monotonic()
-    trained = folder.finished("training") is not None
-    model = folder.path if trained else Path(str(config.actor.model_name_or_path))
-    label = method_label(config) if trained else model.name
-    evaluate_models(config, {label: model})[0].write(folder.path)
-    folder.finish("evaluation", seconds=round(time.monotonic() - started, 1))
+    training = folder.finished("training")
+    model = folder.path if training else Path(str(config.actor.model_name_or_path))
+    label = method_label(config) if training else model.name
+    with driver_span("evaluate"):
+        evaluation = evaluate_models(config, {label: model}, files={label: folder.path})[0]
+    folder.finish("evaluation", **_spent(started, gpus=stage_gpus(config, "evaluate")))
+    log_evaluation(config, folder.path, evaluation, step=training["selected_step"] if training else 0)
 
 
 def _show_scores(folder: RunFolder) -> None:

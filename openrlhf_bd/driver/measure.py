@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ import psutil
 
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
-from openrlhf_bd.data.routes import is_routed, teacher_models
+from openrlhf_bd.data.routes import DEFAULT_TEACHER, is_routed, teacher_models, teacher_option
 from openrlhf_bd.driver.cluster import cluster_device, ray_session
 from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.estimate import Call, Estimate, Sample, Written, estimate
+from openrlhf_bd.driver.manifests import record_options
 from openrlhf_bd.driver.measured import MeasuredPlan
-from openrlhf_bd.driver.model_files import STUDENT_OPTION
+from openrlhf_bd.driver.model_files import STUDENT_OPTION, ModelFacts
 from openrlhf_bd.driver.models import stop_tokens
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.progress import console
-from openrlhf_bd.driver.rank_memory import rank_bytes
+from openrlhf_bd.driver.rank_memory import held_teacher_bytes, rank_bytes
 from openrlhf_bd.driver.remote_teacher import is_remote
 from openrlhf_bd.driver.resources import Stage, check_cluster, takes_part
-from openrlhf_bd.driver.teacher_data import record_options
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.records import Prompt, Rollout
@@ -63,6 +63,11 @@ def check_measured(config: Config, stages: Sequence[Stage]) -> None:
     if "generate" not in stages:
         raise ConfigError("--measure tells what the teacher's data will take, and this command makes none")
     needs = resolve_algorithm(distill.name).needs_of(distill)
+    if needs.rows_by_teacher and needs.rollouts == "gold":
+        raise ConfigError(
+            f"--measure tells what responses of the teacher will take, and with --algo.distill.name {distill.name} "
+            "--algo.distill.responses gold it scores the data set's own; leave it out"
+        )
     if not takes_part("generate", config, needs):
         raise ConfigError(
             f"--measure: with --algo.distill.name {distill.name} the teacher generates nothing; leave it out"
@@ -77,9 +82,17 @@ def measured_plan(config: Config, plan: Plan, *, num_rows: int) -> MeasuredPlan:
         plan=plan,
         estimates=estimates,
         num_engines=config.teacher.num_engines,
-        rank_bytes=rank_bytes(config, plan.models[STUDENT_OPTION]) if trains else None,
+        rank_bytes=_rank_bytes(config, plan.models) if trains else None,
         driver_bytes=psutil.Process().memory_info().rss,
     )
+
+
+def _rank_bytes(config: Config, models: Mapping[str, ModelFacts]) -> int | None:
+    """Memory of a student rank, with the teacher where it holds one."""
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    own = rank_bytes(config, models.get(STUDENT_OPTION))
+    held = held_teacher_bytes(config, needs, models.get(teacher_option(DEFAULT_TEACHER)))
+    return None if own is None or held is None else own + held
 
 
 def measure(config: Config, plan: Plan, *, num_rows: int) -> dict[str, Estimate]:

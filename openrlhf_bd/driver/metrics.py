@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from openrlhf_bd.config import Config
+from openrlhf_bd.driver.loggers import open_loggers
 from openrlhf_bd.store.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,16 +66,8 @@ class MetricsLog:
     """Writes one record a step. Names are OpenRLHF's: `train/...` while training, `eval/...` for validation."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        from openrlhf_bd.upstream import TensorboardLogger, WandbLogger
-
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        run_name = config.logger.wandb.run_name or folder.name
-        wandb = SimpleNamespace(**{**config.logger.wandb.model_dump(), "run_name": run_name})
-        tensorboard_dir = config.logger.tensorboard_dir or str(folder / "tensorboard")
-        arguments = SimpleNamespace(logger=SimpleNamespace(tensorboard_dir=tensorboard_dir, wandb=wandb))
-        self._loggers: list[Any] = [TensorboardLogger(arguments)]
-        if config.logger.wandb.key or "WANDB_API_KEY" in os.environ:
-            self._loggers.append(WandbLogger(arguments))
+        self._loggers = open_loggers(config, folder)
 
     def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
         self._write(step, "train", values, epoch=epoch)
@@ -87,7 +77,8 @@ class MetricsLog:
     def validation(self, step: int, epoch: float, values: dict[str, float]) -> None:
         self._write(step, "eval", values, epoch=epoch)
         for logger in self._loggers:
-            logger.log_eval(step, values)
+            # The x axis of these charts in Weights & Biases, as OpenRLHF's logger defines them.
+            logger.log_eval(step, {"epoch": epoch, **values})
 
     def _write(self, step: int, prefix: str, values: dict[str, float], *, epoch: float) -> None:
         record = {"step": step, "epoch": round(epoch, 6), "time_s": round(time.time(), 3)}

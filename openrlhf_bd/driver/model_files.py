@@ -24,6 +24,25 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a decoder's memory for sequences follows from.
+
+    Attributes:
+        num_layers: of the decoder.
+        hidden_size: numbers of a token between layers.
+        query_size: attention heads times head size.
+        key_size: key-value heads times head size.
+        feed_forward_size: numbers of a token inside the feed-forward layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    query_size: int
+    key_size: int
+    feed_forward_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """A causal language model as its files describe it.
 
@@ -34,7 +53,9 @@ class ModelFacts:
         max_positions: longest sequence, tokens; None where the model sets no limit of its own.
         num_heads: attention heads; None where the configuration has no such number.
         head_size: numbers of one head's keys; None where that is not known, or not one number.
-        num_parameters: from the weight files' headers; None for a model on the hub.
+        num_parameters: from the weight files' headers; of a model on the hub from its configuration, and None where
+            that does not say it.
+        shape: None where the configuration lacks a number of it.
     """
 
     name: str
@@ -44,6 +65,7 @@ class ModelFacts:
     num_heads: int | None
     head_size: int | None
     num_parameters: int | None
+    shape: ModelShape | None = None
 
 
 def inspect_model(name: str, *, option: str, trust_remote_code: bool) -> ModelFacts:
@@ -201,7 +223,37 @@ def _read_config(name: str, option: str, trust_remote_code: bool, num_parameters
         max_positions=None if scaled else getattr(config, "max_position_embeddings", None),
         num_heads=getattr(config, "num_attention_heads", None),
         head_size=_head_size(config),
-        num_parameters=num_parameters,
+        num_parameters=_parameters_of(config) if num_parameters is None else num_parameters,
+        shape=_shape(config),
+    )
+
+
+def _parameters_of(config: Any) -> int | None:
+    """Numbers of the model that a configuration describes; shared ones count once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, AttributeError, ImportError):
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _shape(config: Any) -> ModelShape | None:
+    num_layers, hidden_size = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    num_heads, head_size = getattr(config, "num_attention_heads", None), _head_size(config)
+    if not num_layers or not hidden_size or not num_heads or not head_size:
+        return None
+    # GPT-2's n_inner and OPT's ffn_dim; four times the hidden size is what the former means by none.
+    sizes = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    return ModelShape(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        query_size=num_heads * head_size,
+        key_size=(getattr(config, "num_key_value_heads", None) or num_heads) * head_size,
+        feed_forward_size=next((size for size in sizes if size), 4 * hidden_size),
     )
 
 

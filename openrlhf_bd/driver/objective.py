@@ -39,6 +39,24 @@ def check_kd_ratio(config: Config) -> None:
         )
 
 
+def check_live_teacher_of(config: Config, needs: Needs) -> None:
+    """Refuse an algorithm that needs the teacher in the ranks where there is none to put there.
+
+    Raises:
+        ConfigError: the message names the options to change.
+    """
+    if not needs.live_teacher:
+        return
+    teacher, wanted = config.teacher, f"--algo.distill.name {config.algo.distill.name} with a teacher in each rank"
+    other = "name the model (--teacher.model_name_or_path), or use --algo.distill.kd_support sets"
+    if teacher.api_base is not None:
+        raise ConfigError(f"{wanted}: --teacher.api_base {teacher.api_base} names a server, which holds it; {other}")
+    if is_routed(config):
+        raise ConfigError(f"{wanted}: --teacher.routes names several, and a rank holds one; {other}")
+    if teacher.model_name_or_path is None:
+        raise ConfigError(f"{wanted}: --teacher.model_name_or_path is not given; {other}")
+
+
 def check_online(config: Config, needs: Needs) -> None:
     """Refuse what an online run cannot do.
 
@@ -167,7 +185,7 @@ def unheld_logits(config: Config, needs: Needs) -> str | None:
 def trained_temperature(config: Config, needs: Needs) -> str | None:
     """A warning where the policy that is trained, softmax(z / tau), is not the one that is sampled from; else None."""
     tau = config.algo.distill.tau
-    if tau == 1 or not needs.candidate_sets:
+    if tau == 1 or not (needs.candidate_sets or needs.live_teacher):
         return None
     return (
         f"--algo.distill.tau {tau:g}: the policy that is trained is softmax(z / tau), which the saved student samples "

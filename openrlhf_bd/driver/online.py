@@ -24,7 +24,9 @@ from openrlhf_bd.driver.engines import (
 from openrlhf_bd.driver.metrics import MetricsLog
 from openrlhf_bd.driver.producer import Producer
 from openrlhf_bd.driver.run_folder import CONFIG_FILE
-from openrlhf_bd.driver.training import Selection, Training, TrainingInputs, finish_training, rank_places, started_ranks
+from openrlhf_bd.driver.selection import Selection, validates_by_sampling
+from openrlhf_bd.driver.timeline import driver_span
+from openrlhf_bd.driver.training import Training, TrainingInputs, finish_training, rank_places, started_ranks
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ClusterError
 from openrlhf_bd.records import Prompt
@@ -93,8 +95,9 @@ class OnlineTraining(Training):
 
     def _train_step(self, step: int) -> dict[str, float]:
         if step >= self._plan.first_step:
-            self._producer.wait_for_rows(step, on_idle=self._give_new_engines_weights)
-        with self._engines_off_gpus():
+            with driver_span("wait", step=step):
+                self._producer.wait_for_rows(step, on_idle=self._give_new_engines_weights)
+        with self._engines_off_gpus(), driver_span("train", step=step):
             refs = self._ranks.async_run_method("train_step", step)
             what = f"training step {step}"
             self._produce_beside(refs, what=what)
@@ -102,7 +105,8 @@ class OnlineTraining(Training):
         self._trained = step
         self._producer.trained(step)
         if self._is_sync_step(step):
-            metrics |= self._give_weights(step)
+            with driver_span("sync", step=step):
+                metrics |= self._give_weights(step)
         elif self._sleeps:
             self._on_students("wake_up")
         return {**metrics, **self._producer.lap(step)}
@@ -179,7 +183,7 @@ class OnlineTraining(Training):
             self._sync = engine_sync(self._config, self._ranks, self._students, shared=self._is_colocated)
 
     def _validate(self, step: int) -> None:
-        if self._sync is None:
+        if self._sync is None or not self._engines:
             super()._validate(step)
         elif not self._config.train.enable_ema:
             if self._version != step:
@@ -201,7 +205,7 @@ def train_online(config: Config, inputs: TrainingInputs, online: OnlineInputs) -
     """Make rows and train on them side by side, and leave the selected student at the top of the run folder.
 
     Returns:
-        What the run's record keeps: steps, the selection, seconds.
+        What the run's record keeps: steps and the selection.
 
     Raises:
         ClusterError: an actor died or hung, and no other could take its place. Sealed rows and checkpoints are safe.
@@ -222,15 +226,14 @@ def train_online(config: Config, inputs: TrainingInputs, online: OnlineInputs) -
         )
         students = stack.enter_context(rollout_engines(config, model=first, shared=shared)) if samples else None
         engines: Sequence[Any] = ()
-        if students is not None:
-            engines = students.handles
-        elif inputs.validation:
-            engines = stack.enter_context(student_engines(config, model=first))
+        if validates_by_sampling(config):
+            engines = students.handles if students else stack.enter_context(student_engines(config, model=first))
 
         def train(start_step: int, best: dict[str, Any] | None, log: MetricsLog) -> Selection | None:
             sync = None if students is None else engine_sync(config, ranks, students, shared=shared is not None)
             if sync is not None:
-                sync.sync(start_step)
+                with driver_span("sync"):
+                    sync.sync(start_step)
             producer = Producer(
                 config, online.prompts, online.plan, writer, teachers=teachers, students=students, trained=start_step
             )
@@ -239,7 +242,7 @@ def train_online(config: Config, inputs: TrainingInputs, online: OnlineInputs) -
                 inputs,
                 online.plan,
                 ranks=ranks,
-                engines=engines if inputs.validation else (),
+                engines=engines,
                 log=log,
                 producer=producer,
                 students=students,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
@@ -13,6 +14,9 @@ from openrlhf_bd.data.prompts import PromptTable
 from openrlhf_bd.driver.disk import DiskUse, disk_places
 from openrlhf_bd.driver.model_files import ModelFacts
 from openrlhf_bd.paths import format_bytes
+
+if TYPE_CHECKING:
+    from openrlhf_bd.driver.gpu_memory import GpuUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class Plan:
         notes: what the stages put into memory that is easily overlooked.
         warnings: what is allowed and probably not meant.
         disk: what takes disk space.
+        gpu: what each actor keeps in its GPUs, where models' sizes are known; None: everything runs on CPUs.
     """
 
     stages: tuple[StagePlan, ...]
@@ -82,6 +87,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     disk: tuple[DiskUse, ...]
+    gpu: tuple[GpuUse, ...] | None = None
 
     @property
     def num_gpus(self) -> int:
@@ -103,8 +109,14 @@ class Plan:
             *(f"{stage.name} writes {stage.files}" for stage in self.stages),
             *self.notes,
             f"GPUs of the largest stage: {self.num_gpus}",
+            *self._gpu_lines(),
             *(f"disk space: {use.what} {format_bytes(use.num_bytes)}, {use.basis}" for use in self.disk),
             *(f"disk space: {format_bytes(place.free_bytes)} free in {place.path}" for place in disk_places(self.disk)),
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         yield Group(table, *(Text(line) for line in lines))
+
+    def _gpu_lines(self) -> list[str]:
+        if self.gpu is None:
+            return ["GPU memory: not checked, there is no GPU here: their number is only a number"]
+        return [use.line() for use in self.gpu]

@@ -18,24 +18,28 @@ from transformers import PreTrainedTokenizerBase, SchedulerType
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config, DistillConfig, OnlineOptions, TeacherConfig
+from openrlhf_bd.data.formats import teacher_format
 from openrlhf_bd.data.limits import prompt_limit, teacher_length
 from openrlhf_bd.data.pretrain import check_pretrain
 from openrlhf_bd.data.prompts import (
     PromptTable,
+    gold_rollouts,
     load_evaluation_prompts,
     load_prompts,
-    parse_test_datasets,
 )
 from openrlhf_bd.data.routes import DEFAULT_TEACHER, teacher_models, teacher_option
 from openrlhf_bd.data.teacher_view import teacher_view
+from openrlhf_bd.data.test_sets import parse_test_datasets
 from openrlhf_bd.driver.disk import disk_uses, disk_warnings, num_prompt_tokens, num_response_tokens
 from openrlhf_bd.driver.engine_limits import check_head_sizes, known_device
 from openrlhf_bd.driver.evaluation import load_test_sets
+from openrlhf_bd.driver.gpu_memory import gpu_uses
 from openrlhf_bd.driver.model_files import STUDENT_OPTION, ModelFacts, inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
 from openrlhf_bd.driver.objective import (
     check_colocation,
     check_kd_ratio,
+    check_live_teacher_of,
     check_online,
     trained_temperature,
     unheld_logits,
@@ -47,11 +51,13 @@ from openrlhf_bd.driver.remote_teacher import check_remote_options, check_server
 from openrlhf_bd.driver.resources import (
     STAGES,
     Stage,
+    holds_teacher,
     makes_rows,
     stage_actors,
     takes_part,
 )
 from openrlhf_bd.driver.schedule import shuffled_schedule
+from openrlhf_bd.driver.selection import LOSS, selection_metric, validates_by_loss
 from openrlhf_bd.driver.teacher_data import is_complete_store, rows_path
 from openrlhf_bd.driver.teachers import (
     asked_teachers,
@@ -108,11 +114,12 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
             )
         raise ConfigError(
             f"nothing to do: either --eval.test_datasets names no test set, or --algo.distill.name "
-            f"{config.algo.distill.name} learns from the data set's own responses and needs none of the teacher's"
+            f"{config.algo.distill.name} learns from the data set's own responses and needs no row of the teacher's"
         )
     _check_options(config, stages, needs)
     models = _check_models(config, stages)
-    check_head_sizes(config, models, device=known_device(), stages=stages)
+    device = known_device()
+    check_head_sizes(config, models, device=device, stages=stages)
     if makes_rows(config, stages):
         check_stop_tokens(config)
     data = _check_data(config, stages, needs)
@@ -134,6 +141,7 @@ def preflight(config: Config, *, stages: Sequence[Stage] = STAGES) -> Plan:
         notes=tuple(notes),
         warnings=tuple(warnings),
         disk=disk,
+        gpu=None if device == "cpu" else gpu_uses(config, needs, models, stages=stages),
     )
 
 
@@ -163,6 +171,7 @@ def _check_options(config: Config, stages: Sequence[Stage], needs: Needs) -> Non
     if "train" in stages:
         _check_recorded(config, needs)
         _check_training_options(config)
+        check_live_teacher_of(config, needs)
         check_online(config, needs)
         check_colocation(config, needs)
 
@@ -215,12 +224,12 @@ def _check_training_options(config: Config) -> None:
 
 def _check_best_metric(config: Config) -> None:
     available = ["response_tokens", "stop_rate"]
-    available += ["rouge_l"] if config.data.label_key is not None else []
+    available += ["rouge_l", LOSS] if config.data.label_key is not None else []
     available += ["accuracy"] if config.eval.checker is not None else []
-    wanted = config.ckpt.best_metric_key or "rouge_l"
+    wanted = selection_metric(config)
     if wanted not in available:
         raise ConfigError(
-            f"--ckpt.best_metric_key is {wanted!r}, expected one of {', '.join(available)}; rouge_l needs "
+            f"--ckpt.best_metric_key is {wanted!r}, expected one of {', '.join(available)}; rouge_l and {LOSS} need "
             "--data.label_key, accuracy needs --eval.checker"
         )
 
@@ -263,7 +272,7 @@ def _check_models(config: Config, stages: Sequence[Stage]) -> dict[str, ModelFac
 
         check_family(models[STUDENT_OPTION].family, config)
         check_lora(config)
-        if config.algo.distill.kd_ratio > 0:
+        if holds_teacher(config, stages):
             check_live_teacher(models[teacher_option(DEFAULT_TEACHER)].family, config)
     return models
 
@@ -288,6 +297,8 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
         teacher_tokenizers[DEFAULT_TEACHER] = tokenizer
     for name, model in teachers.items():
         check_same_tokenizer(teacher_tokenizers[name], tokenizer, teacher=model, student=own)
+    if "train" in stages and needs.live_teacher:
+        _check_same_view(config, tokenizer, teacher_tokenizers[DEFAULT_TEACHER])
     tables = {}
     if "generate" in stages or "train" in stages:
         if config.data.prompt_dataset is None:
@@ -308,11 +319,41 @@ def _check_data(config: Config, stages: Sequence[Stage], needs: Needs) -> _Data:
     if "evaluate" in stages:
         tables |= {f"test:{name}": table for name, table in load_test_sets(config, tokenizer).items()}
     lines = [f"{name}: {table.summary()}" for name, table in tables.items()]
+    if "train" in stages and validates_by_loss(config):
+        lines += _validation_loss_lines(config, tables["validation"], tokenizer)
     if makes_rows(config, stages):
         lines += teacher_lines(config, tables["train"])
     if "train" in stages and uses_pretrain(config):
         lines.append(f"pretrain: {check_pretrain(config, num_records=_PRETRAIN_RECORDS)} records")
     return _Data(tables, lines, tokenizer)
+
+
+def _check_same_view(
+    config: Config, tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a teacher that sees other prompts, where it reads the student's in the student's ranks."""
+    if teacher_format(config, tokenizer, teacher_tokenizer) is not None:
+        raise ConfigError(
+            f"--algo.distill.name {config.algo.distill.name} with a teacher in each rank: it reads the student's "
+            "prompts there, and options of --teacher.* give it others; leave them out, or use "
+            "--algo.distill.kd_support sets"
+        )
+
+
+def _validation_loss_lines(config: Config, table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the validation loss is over, where that is not all of the references.
+
+    Raises:
+        DataError: the tokenizer has no token that ends a response.
+    """
+    rows = list(gold_rollouts(table, tokenizer, str(config.data.label_key), config.data.max_len))
+    num_cut = sum(row.finish_reason == "length" for row in rows)
+    if not num_cut:
+        return []
+    return [
+        f"validation loss: {num_cut} of {len(rows)} references are cut, as rows of training are, where prompt and "
+        f"reference have more than {config.data.max_len} tokens (--data.max_len)"
+    ]
 
 
 def _check_server(
@@ -322,8 +363,9 @@ def _check_server(
     if not is_remote(config):
         return []
     is_online = "train" in stages and config.algo.distill.mode != "offline"
-    scores = is_online or ("evaluate" in stages and config.eval.teacher_nll)
-    if not scores and ("generate" not in stages or is_complete_store(rows_path(config, needs))):
+    scores = is_online or ("evaluate" in stages and config.eval.teacher_nll) or needs.rollouts == "gold"
+    asked = is_online or ("evaluate" in stages and config.eval.teacher_nll)
+    if not asked and ("generate" not in stages or is_complete_store(rows_path(config, needs))):
         return []
     return [check_server(config, tokenizer, scores=scores)]
 
@@ -355,7 +397,7 @@ def _plan_stage(stage: Stage, config: Config, needs: Needs, tables: Mapping[str,
     actors, folder = stage_actors(config, stage), config.ckpt.output_dir
     if stage == "evaluate":
         tests = [table for name, table in tables.items() if name.startswith("test:")]
-        seeds = len(config.eval.seeds)
+        seeds = len(config.eval.seeds) * len(config.eval.test_top_p)
         tokens = seeds * sum(_num_tokens(config, table, config.eval.max_new_tokens) for table in tests)
         rows = seeds * sum(len(table.prompts) for table in tests)
         return StagePlan(stage, rows, tokens, None, actors, f"{folder}/evaluation.json")
@@ -426,8 +468,9 @@ def _without_effect(config: Config, needs: Needs) -> list[tuple[str, str]]:
             for name in TeacherConfig.model_fields
             if name.startswith("api_") and getattr(config.teacher, name) != getattr(plain.teacher, name)
         ]
-    if config.eval.teacher_nll and config.eval.test_datasets is None:
-        found.append(("--eval.teacher_nll", "--eval.test_datasets"))
+    if config.eval.test_datasets is None:
+        asked = {"--eval.teacher_nll": config.eval.teacher_nll, "--eval.exposure": config.eval.exposure}
+        found += [(option, "--eval.test_datasets") for option, given in asked.items() if given]
     return found + _without_effect_online(config.algo.distill, needs)
 
 

@@ -8,10 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 console = Console(soft_wrap=True)
 _LOG_INTERVAL_S = 10.0
+
+
+class _RateColumn(ProgressColumn):
+    """Units a second, once it is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2f}/s" if task.speed is not None else "")
 
 
 class StageProgress:
@@ -58,6 +75,7 @@ def stage_progress(title: str, total: int, unit: str) -> Iterator[StageProgress]
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TextColumn(unit),
+        _RateColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

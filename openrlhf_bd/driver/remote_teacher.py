@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.driver.models import stop_tokens
+from openrlhf_bd.endpoint import ApiOptions, check_url, key_from_environment
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ClusterError, ConfigError, DataError
-from openrlhf_bd.teacher.api import ApiCompletion, ApiOptions, ServedModel, TeacherApi
+from openrlhf_bd.teacher.api import ApiCompletion, ServedModel, TeacherApi
 from openrlhf_bd.teacher.remote import RemoteOptions
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 # Before the job a server is there or not: no long patience.
 _CHECK_TIMEOUT_S = 60.0
 _CHECK_RETRIES = 2
@@ -42,13 +40,7 @@ def check_remote_options(config: Config) -> None:
     teacher = config.teacher
     if teacher.api_base is None:
         return
-    url = urlsplit(teacher.api_base)
-    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
-        # Not repeated: what stands before @ may be a password.
-        raise ConfigError(
-            f"--teacher.api_base: found no URL of the form http://HOST:PORT/v1; expected one without user, password or "
-            f"query. A key belongs into the environment variable {KEY_VARIABLE}"
-        )
+    check_url(teacher.api_base, "--teacher.api_base")
     for name, value in (("model_name_or_path", teacher.model_name_or_path), ("routes", teacher.routes)):
         if value is not None:
             raise ConfigError(
@@ -85,7 +77,7 @@ def api_options(config: Config) -> ApiOptions:
     return ApiOptions(
         base_url=str(config.teacher.api_base),
         # The client wants one; a server without keys takes any.
-        key=os.environ.get(KEY_VARIABLE) or "none",
+        key=key_from_environment() or "none",
         timeout_s=config.teacher.api_timeout_s,
         max_retries=config.teacher.api_max_retries,
     )

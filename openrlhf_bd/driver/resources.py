@@ -9,16 +9,20 @@ from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.plan import ActorGroup
+from openrlhf_bd.driver.selection import validates_by_sampling
 from openrlhf_bd.errors import ResourceError
 
 Stage = Literal["generate", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+STUDENT_ENGINES = "student engines"
 
 
 def takes_part(stage: Stage, config: Config, needs: Needs) -> bool:
-    """Whether a job has a stage: own responses need no teacher, and without test sets there is nothing to evaluate."""
+    """Whether a job has a stage: some algorithms need no row of the teacher's, and without test sets nothing is
+    evaluated.
+    """
     if stage == "generate":
-        return needs.rollouts == "teacher" and config.algo.distill.mode != "online"
+        return needs.rows_by_teacher and config.algo.distill.mode != "online"
     return stage == "train" or config.eval.test_datasets is not None
 
 
@@ -27,12 +31,18 @@ def makes_rows(config: Config, stages: Sequence[Stage]) -> bool:
     return "generate" in stages or ("train" in stages and config.algo.distill.mode != "offline")
 
 
+def holds_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Whether the student's ranks hold the teacher."""
+    needs = resolve_algorithm(config.algo.distill.name).needs_of(config.algo.distill)
+    return "train" in stages and (config.algo.distill.kd_ratio > 0 or needs.live_teacher)
+
+
 def stage_actors(config: Config, stage: Stage) -> tuple[ActorGroup, ...]:
     """Actors that a stage starts, one GPU each rank and `tensor_parallel_size` GPUs each engine."""
     actor, teacher, vllm = config.actor, config.teacher, config.vllm
     teacher_size = f"--teacher.tensor_parallel_size {teacher.tensor_parallel_size}"
     engines = ActorGroup(
-        "student engines",
+        STUDENT_ENGINES,
         vllm.num_engines or 1,
         # On the ranks' own.
         0 if stage == "train" and config.train.colocate_all else vllm.tensor_parallel_size,
@@ -55,12 +65,22 @@ def stage_actors(config: Config, stage: Stage) -> tuple[ActorGroup, ...]:
         return (
             ranks,
             *((teachers,) if online else ()),
-            *((engines,) if samples or config.eval.dataset else ()),
+            *((engines,) if samples or validates_by_sampling(config) else ()),
         )
     scorer = ActorGroup("teacher engines", 1, teacher.tensor_parallel_size, f"--eval.teacher_nll, {teacher_size}")
     if is_remote:
         scorer = ActorGroup("teacher clients", 1, 0, "--eval.teacher_nll, --teacher.api_base")
-    return (engines, scorer) if config.eval.teacher_nll else (engines,)
+    beside = ActorGroup("teacher and student side by side", 1, 1, "--eval.exposure")
+    return (
+        engines,
+        *((scorer,) if config.eval.teacher_nll else ()),
+        *((beside,) if config.eval.exposure else ()),
+    )
+
+
+def stage_gpus(config: Config, stage: Stage) -> int:
+    """GPUs that a stage holds while it runs."""
+    return sum(group.num_gpus for group in stage_actors(config, stage))
 
 
 def check_cluster(config: Config, cluster_resources: Mapping[str, float], *, stages: Sequence[Stage] = STAGES) -> None:

@@ -140,6 +140,11 @@ class RunFolder:
             return frozenset()
         return frozenset(json.loads(run_file.read_text(encoding="utf-8"))["stages"])
 
+    @staticmethod
+    def started_s(path: Path) -> float:
+        """When the run in a folder began, in seconds of the epoch: what tells it from any other run."""
+        return float(json.loads((path / RUN_FILE).read_text(encoding="utf-8"))["created"])
+
     def finished(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage left on record, or None if it has not finished."""
         record = self._content["stages"].get(stage)

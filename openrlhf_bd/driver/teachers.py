@@ -14,7 +14,7 @@ from openrlhf_bd.data.prompts import PromptTable
 from openrlhf_bd.data.routes import DEFAULT_TEACHER, is_routed, teacher_models, teacher_option
 from openrlhf_bd.driver.models import stop_tokens
 from openrlhf_bd.driver.remote_teacher import is_remote
-from openrlhf_bd.driver.resources import Stage, makes_rows
+from openrlhf_bd.driver.resources import Stage, holds_teacher, makes_rows
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
 
@@ -22,8 +22,9 @@ from openrlhf_bd.store.fingerprints import fingerprint_tokenizer
 def asked_teachers(config: Config, stages: Sequence[Stage]) -> dict[str, str | None]:
     """Model of each teacher that the stages load, by name; None where one is needed and not given.
 
-    All of them generate. The one of --teacher.model_name_or_path also scores responses (eval.teacher_nll) and gives
-    its logits on pre-training text (kd_ratio). A teacher behind a server is not loaded.
+    All of them generate. The one of --teacher.model_name_or_path also looks at responses (eval.teacher_nll,
+    eval.exposure) and gives its logits to the student's ranks (kd_ratio, kd_support full). A teacher behind a server is
+    not loaded.
 
     Raises:
         ConfigError: see `teacher_models`.
@@ -33,9 +34,8 @@ def asked_teachers(config: Config, stages: Sequence[Stage]) -> dict[str, str | N
     models = teacher_models(config)
     makes = makes_rows(config, stages)
     asked: dict[str, str | None] = {**models} if makes else {}
-    scores = "evaluate" in stages and config.eval.teacher_nll
-    is_live = "train" in stages and config.algo.distill.kd_ratio > 0
-    if scores or is_live or (makes and not models):
+    scores = "evaluate" in stages and (config.eval.teacher_nll or config.eval.exposure)
+    if scores or holds_teacher(config, stages) or (makes and not models):
         asked[DEFAULT_TEACHER] = models.get(DEFAULT_TEACHER)
     return asked
 

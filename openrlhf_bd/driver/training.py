@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,17 +17,26 @@ from openrlhf_bd.driver.cluster import placed
 from openrlhf_bd.driver.engines import student_engines
 from openrlhf_bd.driver.metrics import METRICS_FILE, MetricsLog, Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.progress import console, stage_progress
+from openrlhf_bd.driver.run_folder import RunFolder
 from openrlhf_bd.driver.schedule import Schedule
+from openrlhf_bd.driver.selection import (
+    LOSS,
+    SNAPSHOT_SUFFIX,
+    Selection,
+    Snapshots,
+    selection_metric,
+    validates_by_sampling,
+)
+from openrlhf_bd.driver.timeline import collected, driver_span
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.evaluate import validate
+from openrlhf_bd.evaluation.timeline import RANKS
 from openrlhf_bd.records import Prompt
 from openrlhf_bd.rollout.calls import wait_for
 from openrlhf_bd.student.actor import ACTOR_FOLDER
 from openrlhf_bd.student.checkpoints import newest_tag
-from openrlhf_bd.student.data import RowStores
+from openrlhf_bd.student.row_source import RowStores
 from openrlhf_bd.student.strategy import checkpoint_folder
-
-SNAPSHOT_SUFFIX = "_hf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,52 +60,6 @@ class TrainingInputs:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Sequence[int]
     checker: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The best student so far: its validation value (higher is better), its step, and the folder of its weights."""
-
-    metric: str
-    value: float
-    step: int
-    tag: str
-
-
-class Snapshots:
-    """Folders of validated students. One that a checkpoint may name stays until a newer checkpoint is whole.
-
-    A resumed run takes the best student from its newest checkpoint, so that student's folder must be there, even if a
-    better one was found after the checkpoint and the run was killed then.
-
-    Args:
-        folder: of the checkpoints.
-        checkpointed: whether the run saves checkpoints; without any, a superseded student can go at once.
-    """
-
-    def __init__(self, folder: Path, *, checkpointed: bool) -> None:
-        self._folder, self._checkpointed = folder, checkpointed
-        self._superseded: list[str] = []
-
-    def path(self, tag: str) -> Path:
-        """Folder of the student of a tag."""
-        return self._folder / f"{tag}{SNAPSHOT_SUFFIX}"
-
-    def supersede(self, tag: str) -> None:
-        """A better student was found."""
-        self._superseded.append(tag)
-        if not self._checkpointed:
-            self.prune()
-
-    def prune(self) -> None:
-        """Remove what was superseded: the newest checkpoint names a later student."""
-        for tag in self._superseded:
-            shutil.rmtree(self.path(tag), ignore_errors=True)
-        self._superseded.clear()
-
-    def remove(self, tag: str) -> None:
-        """Remove a student that nothing names."""
-        shutil.rmtree(self.path(tag), ignore_errors=True)
 
 
 def check_start(start_step: int, num_steps: int, *, tag: str | None, config: Config) -> None:
@@ -155,16 +117,18 @@ class Training:
                 if step % self._config.logger.logging_steps == 0:
                     self._log.train(step, step / self._per_epoch, metrics)
                 if self._is_validation_step(step):
-                    with watch.paused():
+                    with watch.paused(), driver_span("validate", step=step):
                         self._validate(step)
                 if self._is_checkpoint_step(step):
-                    self._save_checkpoint(step)
+                    with driver_span("checkpoint", step=step):
+                        self._save_checkpoint(step)
                 progress.advance(note=f"loss {metrics['loss']:.4f}")
         return self._best
 
     def _train_step(self, step: int) -> dict[str, float]:
         """One optimizer step: its metrics."""
-        return dict(self._on_ranks("train_step", step, what=f"training step {step}")[0])
+        with driver_span("train", step=step):
+            return dict(self._on_ranks("train_step", step, what=f"training step {step}")[0])
 
     def _give_engines(self, step: int, folder: Path) -> None:
         """Give the validation engines the student of a step, which is saved in a folder."""
@@ -180,7 +144,7 @@ class Training:
 
     def _is_validation_step(self, step: int) -> bool:
         every = self._config.eval.steps if self._config.eval.steps > 0 else self._per_epoch
-        return bool(self._engines) and (step % every == 0 or step == self._total)
+        return bool(self._inputs.validation) and (step % every == 0 or step == self._total)
 
     def _is_checkpoint_step(self, step: int) -> bool:
         return is_checkpoint_step(self._config, step)
@@ -188,30 +152,49 @@ class Training:
     def _validate(self, step: int) -> None:
         tag = f"best_global_step{step}"
         folder = self._snapshots.path(tag)
+        values = self._loss_of_references(step)
+        if self._engines:
+            # They may load the student from its folder.
+            self._save_student(step, folder)
+            values |= self._scores_of_samples(step, folder)
+        self._log.validation(step, step / self._per_epoch, values)
+        metric = selection_metric(self._config)
+        found = Selection(metric, values[metric], step, tag)
+        if not found.is_better_than(self._best):
+            self._snapshots.remove(tag)
+            return
+        if not self._engines:
+            self._save_student(step, folder)
+        worse, self._best = self._best, found
+        if worse is not None:
+            self._snapshots.supersede(worse.tag)
+
+    def _save_student(self, step: int, folder: Path) -> None:
         self._on_ranks("save_hf", str(folder), what=f"the student of step {step} to be saved")
+
+    def _loss_of_references(self, step: int) -> dict[str, float]:
+        """The loss of the validation set's own responses, by the ranks."""
+        if self._inputs.stores.validation is None:
+            return {}
+        return {LOSS: self._on_ranks("validation_loss", what=f"the validation loss of step {step}")[0]}
+
+    def _scores_of_samples(self, step: int, folder: Path) -> dict[str, float]:
+        """Scores of responses that the engines sample from the student of a step."""
         self._give_engines(step, folder)
-        values = validate(
+        return validate(
             self._engines,
             self._inputs.validation,
             config=self._config,
             tokenizer=self._inputs.tokenizer,
             checker=self._inputs.checker,
         )
-        self._log.validation(step, step / self._per_epoch, values)
-        metric = self._config.ckpt.best_metric_key or "rouge_l"
-        if self._best is None or values[metric] > self._best.value:
-            worse, self._best = self._best, Selection(metric, values[metric], step, tag)
-            if worse is not None:
-                self._snapshots.supersede(worse.tag)
-        else:
-            self._snapshots.remove(tag)
 
     def _save_checkpoint(self, step: int) -> None:
         best = asdict(self._best) if self._best else None
         self._on_ranks(
             "save_checkpoint",
             f"global_step{step}",
-            {"step": step, "best": best},
+            {"step": step, "best": best, "run": RunFolder.started_s(Path(self._config.ckpt.output_dir))},
             what=f"the checkpoint of step {step}",
         )
         self._snapshots.prune()
@@ -259,8 +242,11 @@ def started_ranks(
             max_steps=inputs.schedule.total,
             stop_ids=list(inputs.stop_ids),
         )
-        wait_for(refs, timeout_s=timeout_s, what="the student's ranks to load the model")
-        yield ranks
+        with driver_span("start"):
+            wait_for(refs, timeout_s=timeout_s, what="the student's ranks to load the model")
+        # They do the same at the same time: one of them speaks for all.
+        with collected(lambda: {RANKS: ranks._actor_handlers[0].take_spans}):
+            yield ranks
     finally:
         for actor in ranks._actor_handlers:
             ray.kill(actor)
@@ -270,11 +256,11 @@ def train_student(config: Config, inputs: TrainingInputs) -> dict[str, Any]:
     """Train on finished rows, and leave the selected student at the top of the run folder.
 
     Returns:
-        What the run's record keeps: steps, the selection, seconds.
+        What the run's record keeps: steps and the selection.
     """
     first = str(config.actor.model_name_or_path)
     validation: AbstractContextManager[list[Any]] = (
-        student_engines(config, model=first) if inputs.validation else nullcontext([])
+        student_engines(config, model=first) if validates_by_sampling(config) else nullcontext([])
     )
     with rank_places(config) as places, started_ranks(config, inputs, places) as ranks, validation as engines:
 
@@ -299,9 +285,8 @@ def finish_training(
         train: trains from a step on, given the best student so far, and returns the selected one.
 
     Returns:
-        What the run's record keeps: steps, the selection, seconds.
+        What the run's record keeps: steps and the selection.
     """
-    started = time.monotonic()
     folder, total = Path(config.ckpt.output_dir), inputs.schedule.total
     timeout_s = config.cluster.start_timeout_s
     tag = newest_tag(checkpoint_folder(config) / ACTOR_FOLDER)
@@ -310,24 +295,26 @@ def finish_training(
     )[0]
     start_step = states.get("step", 0)
     check_start(start_step, total, tag=tag, config=config)
+    # Another run (--ckpt.load_enable) chose by its own validation, and the folder of its student is its own.
+    best_so_far = states["best"] if states.get("run") == RunFolder.started_s(folder) else None
     truncate_metrics(folder / METRICS_FILE, after_step=start_step)
     log = MetricsLog(config, folder)
     try:
-        best = train(start_step, states.get("best"), log)
+        best = train(start_step, best_so_far, log)
     finally:
         log.close()
     if best is None:
-        wait_for(
-            ranks.async_run_method("save_hf", str(selected_folder(config, None))),
-            timeout_s=timeout_s,
-            what="the student to be saved",
-        )
+        with driver_span("checkpoint"):
+            wait_for(
+                ranks.async_run_method("save_hf", str(selected_folder(config, None))),
+                timeout_s=timeout_s,
+                what="the student to be saved",
+            )
     _copy_to_top(selected_folder(config, best.tag if best else None), folder)
     return {
         "steps": total,
         "selected_step": best.step if best else total,
         "selection": asdict(best) if best else None,
-        "seconds": round(time.monotonic() - started, 1),
     }
 
 

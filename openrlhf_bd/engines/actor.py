@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from openrlhf_bd.engines.arguments import arguments_for_model, engine_environment, stop_token_ids
 from openrlhf_bd.engines.loop import Progress, Request, Sampled, StepLoop
 from openrlhf_bd.errors import DataError
-from openrlhf_bd.records import FinishReason
+from openrlhf_bd.records import Activity, FinishReason, Span
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -91,6 +91,10 @@ class GenerationEngine:
     def progress(self) -> Progress:
         """A sign of life, at once, also while the engine generates."""
         return self._loop.progress()
+
+    def take_spans(self, *, everything: bool = False) -> tuple[float, list[Span]]:
+        """What the engine did since the last call, and its clock; see `SpanLog.take`."""
+        return self._loop.spans.take(everything=everything)
 
     def load(self, model_path: str) -> None:
         """Switch to another model of any architecture that vLLM runs.
@@ -173,7 +177,9 @@ class GenerationEngine:
             **options,
         )
 
-    def _run(self, prompts: Sequence[TokenIds], params: Sequence[SamplingParams]) -> list[Sampled]:
+    def _run(
+        self, prompts: Sequence[TokenIds], params: Sequence[SamplingParams], activity: Activity = "generate"
+    ) -> list[Sampled]:
         limit = self.arguments["llm"]["max_model_len"]
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             num_prompt, num_new = len(prompt), param.max_tokens or 0
@@ -186,7 +192,7 @@ class GenerationEngine:
             Request([int(token) for token in prompt], param) for prompt, param in zip(prompts, params, strict=True)
         ]
         with self._naming_lost_workers():
-            return self._loop.run(requests)
+            return self._loop.run(requests, activity)
 
     @contextmanager
     def _naming_lost_workers(self) -> Iterator[None]:

@@ -14,6 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from openrlhf_bd.engines.spans import SpanLog
+from openrlhf_bd.records import Activity
+
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -93,6 +96,7 @@ class _Call:
     sampled: dict[int, Sampled]
     num_requests: int
     done: Future[list[Sampled]]
+    activity: Activity
 
     def take(self, place: int, sampled: Sampled) -> None:
         self.sampled[place] = sampled
@@ -120,9 +124,11 @@ class StepLoop:
 
     Attributes:
         version: policy version of the weights, or of the adapter that new requests get.
+        spans: what the engine did: started, sampled or scored, took weights.
     """
 
     def __init__(self) -> None:
+        self.spans = SpanLog()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._llm: LLM | None = None
         self._asking: deque[None] = deque()  # one entry for each call that waits for the steps to stop
@@ -154,7 +160,8 @@ class StepLoop:
         """Build an engine on its thread."""
 
         def begin() -> LLM:
-            self._llm = llm = build()
+            with self.spans.span("start"):
+                self._llm = llm = build()
             self._pausing, self._admits, self._stands = None, True, False
             self._adapter, self.version = None, None
             self._stepped = time.monotonic()
@@ -173,14 +180,18 @@ class StepLoop:
 
         self.call(end)
 
-    def run(self, requests: Iterable[Request]) -> list[Sampled]:
+    def run(self, requests: Iterable[Request], activity: Activity = "generate") -> list[Sampled]:
         """Sample a response to each request, together with whatever else is on its way.
+
+        Args:
+            requests: of one caller.
+            activity: what they are for, in the engine's spans.
 
         Raises:
             ValueError: vLLM refuses a request.
             BaseException: what ended the engine, or what `fail` was given.
         """
-        call = self.call(self._submit, list(requests))
+        call = self.call(self._submit, list(requests), activity)
         try:
             return call.done.result()
         finally:
@@ -214,13 +225,17 @@ class StepLoop:
         """
         return self.call(self._begin_pause, in_flight).result(timeout_s)
 
-    def resume(self, version: int | None) -> None:
+    def resume(self, version: int | None, *, stood_s: float | None = None) -> None:
         """Go on after a pause, under weights of another version.
+
+        Args:
+            version: of the weights.
+            stood_s: since when the engine stood still for them, unix time; None: not for weights.
 
         Raises:
             RuntimeError: vLLM did not reset its prefix cache.
         """
-        self.call(self._resume, version)
+        self.call(self._resume, version, stood_s)
 
     def use_adapter(self, adapter: LoRARequest, version: int, *, restart: bool) -> tuple[int, list[str]]:
         """Let new requests use another adapter; those on their way keep theirs, or start again with it.
@@ -233,7 +248,9 @@ class StepLoop:
         """
 
         def switch() -> tuple[int, list[str]]:
+            started = time.time()
             self._engine.add_lora(adapter)
+            self.spans.add("sync", started, time.time())
             self._adapter, self.version = adapter, version
             num_restarted = len([name for name in self._flying if self._num_tokens(name)]) if restart else 0
             if restart:
@@ -262,8 +279,8 @@ class StepLoop:
             raise RuntimeError("the engine was shut down; `load` starts it again")
         return self._llm.llm_engine
 
-    def _submit(self, requests: Sequence[Request]) -> _Call:
-        call = _Call({}, len(requests), Future())
+    def _submit(self, requests: Sequence[Request], activity: Activity) -> _Call:
+        call = _Call({}, len(requests), Future(), activity)
         if not requests:
             call.done.set_result([])
         self._held.extend(_Flight(request, call, place) for place, request in enumerate(requests))
@@ -304,8 +321,13 @@ class StepLoop:
             self._step()
 
     def _step(self) -> None:
+        started = time.time()
+        # Of callers that share a step the oldest counts: it is only for the record.
+        oldest = next(iter(self._flying.values()), None)
+        activity: Activity = "generate" if oldest is None else oldest.call.activity
         for output in self._engine.step():
             self._finish(output)
+        self.spans.extend(activity, started, time.time())
         self._num_steps += 1
         self._stepped = time.monotonic()
 
@@ -366,11 +388,13 @@ class StepLoop:
         assert self._pausing is not None
         self._pausing.set_result(paused)
 
-    def _resume(self, version: int | None) -> None:
+    def _resume(self, version: int | None, stood_s: float | None) -> None:
         # Requests that were kept compute their cache anew, so that each further token is the new policy's own.
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache, which holds keys and values of the old weights")
         self._engine.engine_core.engine_core.resume_scheduler()
+        if stood_s is not None:
+            self.spans.add("sync", stood_s, time.time())
         self.version, self._pausing, self._stands, self._admits = version, None, False, True
         self._admit_held()
 

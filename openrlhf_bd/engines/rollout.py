@@ -36,6 +36,7 @@ class RolloutEngine(GenerationEngine):
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._version: int | None = None  # that is on its way
         self._has_started = False  # and some of its weights may be in the model
+        self._stood_s = 0.0  # since when the engine stands still for it, unix time
         self._refusal: str | None = None  # why it does not generate
         self._is_broken = False  # as it came out of a failed update
         self._num_adapters = 0
@@ -84,7 +85,7 @@ class RolloutEngine(GenerationEngine):
         # The last token's own state is of no use: nothing follows it.
         texts = [np.concatenate([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
         params = self._sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=0, skip_reading_prefix_cache=True)
-        scored = self._run(texts, [params] * len(texts))
+        scored = self._run(texts, [params] * len(texts), "score")
         found = []
         for sampled, text, response in zip(scored, texts, responses, strict=True):
             places: Any = sampled.output.prompt_logprobs
@@ -166,7 +167,7 @@ class RolloutEngine(GenerationEngine):
                 f"{num_running} requests in flight did not finish within {timeout_s:.0f} s; new weights waited for "
                 "them. Raise --cluster.sync_timeout_s, or use --algo.distill.in_flight keep or abort"
             ) from None
-        self._version, self._has_started = version, False
+        self._version, self._has_started, self._stood_s = version, False, time.time()
         return {"kept": paused.num_kept, "restarted": paused.num_restarted, "pause_s": time.monotonic() - started}
 
     def receive_weights(self, update_info: Mapping[str, Any]) -> float:
@@ -207,7 +208,7 @@ class RolloutEngine(GenerationEngine):
         loaded = time.monotonic()
         with self._whole_or_refused("cache reset"):
             self.wake_up("kv_cache")
-            self._loop.resume(version)
+            self._loop.resume(version, stood_s=self._stood_s)
         self._version = self._refusal = None
         return {"load_s": loaded - started, "reset_s": time.monotonic() - loaded}
 

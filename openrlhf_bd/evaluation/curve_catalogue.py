@@ -33,6 +33,7 @@ class Metric:
 _RATE = "states, %"
 
 VALIDATION = (
+    Metric("eval/loss", "Validation loss", "nats/token", "Cross-entropy of the validation references.", smooth=False),
     Metric("eval/rouge_l", "Validation Rouge-L", "Rouge-L, 0-100", "One seed on the validation set.", smooth=False),
     Metric("eval/accuracy", "Validation accuracy", "accuracy, %", "Responses that the checker accepts.", 100.0, False),
     Metric(
@@ -170,6 +171,13 @@ def training_drawings(runs: Sequence[RunData], legend: dict[str, LegendEntry]) -
     rest = [_drawing(Metric(name, name, name.rpartition("/")[2], ""), runs, legend) for name in others]
     groups.append(("Other metrics", [drawing for drawing in rest if drawing is not None]))
     return [(title, drawings) for title, drawings in groups if drawings]
+
+
+def chosen_drawings(runs: Sequence[RunData], legend: dict[str, LegendEntry], names: Sequence[str]) -> list[Drawing]:
+    """Figures of some training metrics, in this order, as far as any run has them."""
+    known = {metric.name: metric for metrics in GROUPS.values() for metric in metrics}
+    drawings = (_drawing(known[name], runs, legend) for name in names)
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _drawing(

@@ -119,10 +119,18 @@ def to_svg(drawing: Drawing) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = _own_ids(svg, slug(drawing.name))
     # Size comes from the page; the view box keeps the proportions.
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r"#[0-9a-f]{6}", lambda match: _VARIABLES.get(match[0], match[0]), svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(drawing.title)}"', 1).strip()
+
+
+def _own_ids(svg: str, prefix: str) -> str:
+    """Ids that nothing refers to go, the others get a prefix: on a page with many figures each id is there once."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", svg)
+    return re.sub(r'(url\(#|href="#)([^)"]+)', rf"\g<1>{prefix}-\g<2>", svg)
 
 
 def write_files(drawing: Drawing, folder: Path) -> None:
@@ -192,8 +200,9 @@ def curves(
     size: tuple[float, float] = (3.7, 2.3),
     scale: float = 1.0,
     smooth: bool = True,
+    x_label: str = "optimizer step",
 ) -> Drawing:
-    """A metric over training steps, one line a method.
+    """A metric over training steps (or over what x_label says), one line a method.
 
     Long curves are drawn thin, with their moving mean over a thirtieth of their length as the strong line.
 
@@ -205,6 +214,7 @@ def curves(
         size: inches.
         scale: factor from the logged value to the shown one.
         smooth: draw moving means; without, markers at the points.
+        x_label: of the x axis.
     """
 
     def draw(axes: Axes) -> None:
@@ -217,7 +227,7 @@ def curves(
                 values = moving_mean(values, len(values) // 30)
             marker: dict[str, Any] = {} if len(values) > 40 else {"marker": "o", "markersize": 3}
             axes.plot(*thin_out(curve.steps, values, MAX_POINTS), linewidth=1.4, **style, **marker)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel(x_label)
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -229,8 +239,9 @@ def curves(
         for label, curve in by_label.items()
         for step, value in zip(curve.steps, curve.values, strict=True)
     )
+    x_name = "step" if x_label == "optimizer step" else x_label
     return Drawing(
-        name, title, caption, size, draw, tuple(legend[label] for label in by_label), ("method", "step", unit), rows
+        name, title, caption, size, draw, tuple(legend[label] for label in by_label), ("method", x_name, unit), rows
     )
 
 
@@ -268,7 +279,7 @@ def score_plot(table: MainTable, column: int, legend: dict[str, LegendEntry]) ->
 
     rows = tuple((label, cell.mean, *cell.interval) for label, cell in shown)
     return Drawing(
-        f"score_{_slug(table.dataset)}_{score.name}",
+        f"score_{slug(table.dataset)}_{score.name}",
         f"{score.title} on {table.dataset}",
         "Diamond: mean over seeds; bar: its 95 % confidence interval; dots: the seeds.",
         (3.7, 0.75 + 0.36 * max(len(shown), 1)),
@@ -367,5 +378,6 @@ def _short(label: str) -> str:
     return label if len(label) <= 26 else f"{label[:25]}…"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name as part of a file name or an id: lower case, letters, digits and underscores."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "data"

@@ -124,18 +124,39 @@ def settings_table(runs: Sequence[RunData]) -> list[Setting]:
 
 
 def stage_bars(runs: Sequence[RunData]) -> list[StageBar]:
-    """Wall time of each run by stage, on one scale."""
+    """Wall time of each run by stage, on one scale, with the GPUs that each held and what they cost."""
     totals = [sum(run.stage_seconds.values()) for run in runs]
     longest = max(totals, default=0.0)
     return [
         StageBar(
             run.label,
-            format_seconds(total),
-            tuple((stage, format_seconds(s), 100 * s / longest) for stage, s in run.stage_seconds.items()),
+            _spent(run, total),
+            tuple((stage, _stage_time(run, stage), 100 * s / longest) for stage, s in run.stage_seconds.items()),
         )
         for run, total in zip(runs, totals, strict=True)
         if total > 0
     ]
+
+
+def gpu_hours(run: RunData) -> float | None:
+    """GPUs held times hours, over the stages of a run; None where it held none, or where that is not on record."""
+    hours = sum(run.stage_seconds[stage] * gpus for stage, gpus in run.stage_gpus.items()) / 3600
+    return hours or None
+
+
+def _spent(run: RunData, seconds: float) -> str:
+    """Wall time of a run, its GPU hours, and what they cost (--logger.cost_per_gpu_hour)."""
+    parts, hours = [format_seconds(seconds)], gpu_hours(run)
+    if hours is not None:
+        parts.append(f"{hours:.2f} GPU hours" if hours < 10 else f"{hours:,.0f} GPU hours")
+        if (price := run.option("logger.cost_per_gpu_hour")) is not None:
+            parts.append(f"cost {hours * price:,.2f}")
+    return ", ".join(parts)
+
+
+def _stage_time(run: RunData, stage: str) -> str:
+    gpus = run.stage_gpus.get(stage, 0)
+    return format_seconds(run.stage_seconds[stage]) + (f" × {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")
 
 
 def format_seconds(seconds: float) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from openrlhf_bd.config import PRESETS, BellmanOptions
+from openrlhf_bd.evaluation.experiment_data import ExperimentData
 from openrlhf_bd.evaluation.run_data import RunData
 from openrlhf_bd.evaluation.tables import MainTable
 
@@ -26,6 +27,25 @@ _PRESETS = {
         "it gains cannot be credited to the temporal-difference term without runs that differ in nothing else."
     ),
 }
+
+_FAIR = "Fair comparison"
+_SAME = (
+    "Selection uses validation prompts, the table uses test prompts. A method that was tuned more than the others has "
+    "an advantage that no table shows."
+)
+_ONE_TRAINING_SEED = (
+    "Each method was trained once. ± and the intervals over seeds say what other samples of the same student would "
+    "change, those prompt by prompt what other prompts would; another training seed may well change more than either, "
+    "and the order of close methods with it."
+)
+_PUBLISHED = (
+    "They stand beside ours for orientation. Data splits, models, the sampler and training differ, so a difference to "
+    "them is no finding; what can be compared is the order of methods within one column of ours."
+)
+_ROBUST = (
+    "Rows with preset robust change the objective; a published figure never stands beside them. What they gain over "
+    "preset paper is no evidence for the published method."
+)
 
 
 def how_to_read(runs: Sequence[RunData], tables: Sequence[MainTable]) -> list[tuple[str, str]]:
@@ -53,7 +73,30 @@ def how_to_read(runs: Sequence[RunData], tables: Sequence[MainTable]) -> list[tu
         )
     remarks += [(f"Preset {name}", _preset(name, users)) for name, users in _runs_by_preset(runs).items()]
     if len(runs) > 1:
-        remarks.append(("Fair comparison", _fairness(runs)))
+        remarks.append((_FAIR, _differences(runs) or _SAME))
+    return remarks
+
+
+def comparison_remarks(data: ExperimentData, tables: Sequence[MainTable]) -> list[tuple[str, str]]:
+    """(heading, text) of each remark that applies to an experiment.
+
+    Args:
+        data: the experiment.
+        tables: main table of each group, test set and sampler.
+    """
+    remarks = [item for item in how_to_read(data.methods, tables) if item[0] != _FAIR]
+    if tables:
+        remarks.insert(0, ("One training seed", _ONE_TRAINING_SEED))
+    if any(table.groups for table in data.published):
+        notes = " ".join(note for table in data.published for note in table.notes if table.groups)
+        remarks.append(("The published columns", f"{_PUBLISHED} {notes}"))
+    if any(run.is_robust for run in data.methods):
+        remarks.append(("Robust is not the paper", _ROBUST))
+    remarks += [
+        (f"Fair comparison, {group.name}", text)
+        for group in data.groups
+        if (text := _differences([run for run in group.methods if run.label not in group.reference_labels]))
+    ]
     return remarks
 
 
@@ -131,7 +174,8 @@ def _accuracy(tables: Sequence[MainTable]) -> str:
     )
 
 
-def _fairness(runs: Sequence[RunData]) -> str:
+def _differences(runs: Sequence[RunData]) -> str:
+    """In what else than the method the runs differ; empty: in nothing of this."""
     differing = [
         title
         for title, option in (
@@ -139,16 +183,14 @@ def _fairness(runs: Sequence[RunData]) -> str:
             ("prompts", "data.prompt_dataset"),
             ("batch size", "train.batch_size"),
             ("epochs", "train.max_epochs"),
+            ("steps", "train.max_steps"),
             ("learning rate", "actor.adam.lr"),
         )
         if len({str(run.option(option)) for run in runs if run.config}) > 1
     ]
-    if differing:
-        return (
-            f"The runs differ in more than the method: {', '.join(differing)}. See the settings below before comparing "
-            "their scores."
-        )
+    if not differing:
+        return ""
     return (
-        "Selection uses validation prompts, the table uses test prompts. A method that was tuned more than the others "
-        "has an advantage that no table shows."
+        f"The runs differ in more than the method: {', '.join(differing)}. See their settings before comparing their "
+        "scores."
     )

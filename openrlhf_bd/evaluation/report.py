@@ -6,14 +6,13 @@ Nothing in it is loaded from elsewhere, and it runs no script. Samples, labels a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from openrlhf_bd.evaluation.comparison_figures import exposure_drawings, win_rate_drawing
 from openrlhf_bd.evaluation.curve_catalogue import training_drawings, validation_drawings
 from openrlhf_bd.evaluation.figures import (
     Drawing,
@@ -21,21 +20,22 @@ from openrlhf_bd.evaluation.figures import (
     legend_entries,
     score_plot,
     set_sizes,
+    slug,
     sorted_mass,
-    to_svg,
     write_files,
 )
+from openrlhf_bd.evaluation.judged import win_rates_sheet
 from openrlhf_bd.evaluation.overview import facts, key_figures, settings_table, stage_bars
+from openrlhf_bd.evaluation.page import render
 from openrlhf_bd.evaluation.reading import how_to_read
 from openrlhf_bd.evaluation.results import Sample
+from openrlhf_bd.evaluation.retention_sheet import retention_sheet
 from openrlhf_bd.evaluation.run_data import RunData, with_distinct_labels
-from openrlhf_bd.evaluation.tables import (
-    MainTable,
-    format_interval,
-    format_spread,
-    main_table,
-    write_csv,
-)
+from openrlhf_bd.evaluation.score_sheets import paired_sheet, scores_sheet
+from openrlhf_bd.evaluation.sheets import Sheet, write_sheet
+from openrlhf_bd.evaluation.tables import MainTable, main_table
+from openrlhf_bd.evaluation.timeline_figures import timeline_drawings
+from openrlhf_bd.evaluation.timeline_sheets import utilisation_sheets
 from openrlhf_bd.store import StoreSummary
 from openrlhf_bd.store.files import write_text
 
@@ -50,11 +50,31 @@ class Figures:
     validation: list[Drawing]
     training: list[tuple[str, list[Drawing]]]
     sets: list[Drawing]
+    exposure: list[Drawing]
+    timelines: list[tuple[str, list[Drawing]]]
+    win_rates: list[Drawing]
 
     @property
     def all(self) -> list[Drawing]:
         scores = [drawing for drawings in self.scores for drawing in drawings]
-        return [*scores, *self.validation, *(d for _, drawings in self.training for d in drawings), *self.sets]
+        grouped = [d for _, drawings in (*self.training, *self.timelines) for d in drawings]
+        return [*scores, *self.validation, *grouped, *self.sets, *self.exposure, *self.win_rates]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheets:
+    """All tables of a report, by section; those of timelines also by run."""
+
+    scores: list[Sheet]
+    paired: Sheet | None
+    win_rates: list[Sheet]
+    retention: Sheet | None
+    utilisation: list[tuple[str, list[Sheet]]]
+
+    @property
+    def all(self) -> list[Sheet]:
+        single = [sheet for sheet in (self.paired, self.retention) if sheet is not None]
+        return [*self.scores, *single, *self.win_rates, *(s for _, sheets in self.utilisation for s in sheets)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +121,18 @@ def write_report(
         validation=validation_drawings(named, legend),
         training=training_drawings(named, legend),
         sets=_set_drawings(store_summary),
+        exposure=[d for table in tables for d in exposure_drawings(named, table.dataset, legend)],
+        timelines=[(run.label, _timeline_drawings(run, single=len(named) == 1)) for run in named if run.timeline],
+        win_rates=[d for run in named if run.win_rates and (d := win_rate_drawing(run.win_rates, run.label))],
+    )
+    sheets = Sheets(
+        scores=[scores_sheet(table) for table in tables],
+        paired=paired_sheet(named, reference_labels, name="paired"),
+        win_rates=[
+            win_rates_sheet(run.win_rates, name=f"win_rates_{slug(run.label)}") for run in named if run.win_rates
+        ],
+        retention=retention_sheet(named, name="retention"),
+        utilisation=[(run.label, utilisation_sheets(run.timeline, slug(run.label))) for run in named if run.timeline],
     )
     page = {
         "title": title,
@@ -108,7 +140,8 @@ def write_report(
         "legend": list(legend.values()),
         "facts": facts(named, store_summary),
         "key_figures": key_figures(named, tables, store_summary, reference_labels),
-        "results": list(zip(tables, figures.scores, strict=True)),
+        "results": list(zip(sheets.scores, figures.scores, strict=True)),
+        "sheets": sheets,
         "remarks": how_to_read(named, tables),
         "figures": figures,
         "samples": sample_cards(named, legend),
@@ -119,9 +152,12 @@ def write_report(
         "missing": [(run.label, run.missing) for run in named if run.missing],
     }
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output_path, _environment().get_template("report.html").render(page))
+    write_text(output_path, render("report.html", page))
     if figures_dir is not None:
-        _write_figures(figures.all, tables, figures_dir)
+        for drawing in figures.all:
+            write_files(drawing, figures_dir)
+        for sheet in sheets.all:
+            write_sheet(sheet, figures_dir)
 
 
 def main_tables(runs: Sequence[RunData], reference_labels: Collection[str]) -> list[MainTable]:
@@ -181,24 +217,7 @@ def _set_drawings(store: StoreSummary | None) -> list[Drawing]:
     return drawings
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("openrlhf_bd", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # What to_svg returns is drawn here, its texts escaped by matplotlib: the only markup that is not escaped again.
-    environment.filters["svg"] = lambda drawing: Markup(to_svg(drawing))
-    environment.filters["spread"] = lambda cell, score: format_spread(score, cell)
-    environment.filters["interval"] = lambda cell, score: format_interval(score, cell)
-    return environment
-
-
-def _write_figures(drawings: Sequence[Drawing], tables: Sequence[MainTable], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for drawing in drawings:
-        write_files(drawing, folder)
-    for number, table in enumerate(tables, start=1):
-        write_csv(table, folder / f"scores_{number}.csv")
+def _timeline_drawings(run: RunData, *, single: bool) -> list[Drawing]:
+    """Who worked and who waited; with the run's name in the figures' names where there are several runs."""
+    drawings = timeline_drawings(run.timeline) if run.timeline is not None else []
+    return drawings if single else [replace(item, name=f"{slug(run.label)}_{item.name}") for item in drawings]

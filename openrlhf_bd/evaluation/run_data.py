@@ -12,11 +12,19 @@ from typing import Any
 import yaml
 
 from openrlhf_bd.errors import DataError
-from openrlhf_bd.evaluation.results import EVALUATION_FILE, Evaluation
+from openrlhf_bd.evaluation.results import EVALUATION_FILE, Evaluation, read_responses, responses_path
+from openrlhf_bd.evaluation.retention import RETENTION_FILE, Retention
+from openrlhf_bd.evaluation.timeline import Timeline, read_timeline
+from openrlhf_bd.evaluation.win_rates import WIN_RATES_FILE, WinRates
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
+# Name of the wall clock among the curves of a metrics file, seconds.
+CLOCK = "time_s"
+
+# Rouge-L of the responses to each prompt, by name of the test set as in `Evaluation.datasets`.
+ScoresByPrompt = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +48,14 @@ class RunData:
         folder: name of the run folder, "" if there is none.
         config: resolved options, nested by section; empty if unknown.
         curves: metrics by their full name ("train/loss", "eval/rouge_l").
+        clock: wall clock at each step with metrics, seconds; None if unknown.
         evaluation: scores, or None.
+        by_prompt: Rouge-L of each prompt's responses by test set, as far as they were kept.
         stage_seconds: wall time of each finished stage, seconds.
+        stage_gpus: GPUs that each of them held; stages of older runs are not there.
+        timeline: who worked and who waited, or None.
+        win_rates: of a judge, or None.
+        retention: standard benchmarks, or None.
         versions: versions of the software, by package.
         missing: what the folder lacks, one sentence each.
     """
@@ -50,8 +64,14 @@ class RunData:
     folder: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    clock: Curve | None = None
     evaluation: Evaluation | None = None
+    by_prompt: ScoresByPrompt = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    stage_gpus: Mapping[str, int] = field(default_factory=dict)
+    timeline: Timeline | None = None
+    win_rates: WinRates | None = None
+    retention: Retention | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     missing: Sequence[str] = ()
 
@@ -71,15 +91,22 @@ class RunData:
         missing: list[str] = []
         config = _read_config(folder / CONFIG_FILE, missing)
         curves = _read_metrics(folder / METRICS_FILE, missing)
+        clock = curves.pop(CLOCK, None)
         evaluation = _read_evaluation(folder, missing)
-        stage_seconds, versions = _read_record(folder / RUN_FILE)
+        stages, versions = _read_record(folder / RUN_FILE)
         return RunData(
             label=label or _default_label(folder, config, evaluation),
             folder=folder.name,
             config=config,
             curves=curves,
+            clock=clock,
             evaluation=evaluation,
-            stage_seconds=stage_seconds,
+            by_prompt={} if evaluation is None else scores_by_prompt(folder, evaluation),
+            stage_seconds={stage: float(record["seconds"]) for stage, record in stages.items()},
+            stage_gpus={stage: int(record["gpus"]) for stage, record in stages.items() if "gpus" in record},
+            timeline=read_timeline(folder),
+            win_rates=WinRates.read(folder) if (folder / WIN_RATES_FILE).exists() else None,
+            retention=Retention.read(folder) if (folder / RETENTION_FILE).exists() else None,
             versions=versions,
             missing=missing,
         )
@@ -92,6 +119,11 @@ class RunData:
                 return None
             found = found[key]
         return found
+
+    @property
+    def is_robust(self) -> bool:
+        """Whether this is Bellman Distill with the preset that changes its objective."""
+        return self.option("algo.distill.name") == "bd" and self.option("algo.distill.preset") == "robust"
 
     @property
     def num_steps(self) -> int | None:
@@ -114,7 +146,7 @@ def with_distinct_labels(runs: Sequence[RunData]) -> list[RunData]:
 
 
 def parse_metrics(lines: Sequence[str], *, source: str) -> dict[str, Curve]:
-    """Curves of the lines of a metrics file.
+    """Curves of the lines of a metrics file, with the wall clock of each step as `CLOCK`.
 
     A step that stands there twice (a resumed run did it again) counts with its last record. A last line that is cut
     short, as a killed process leaves it, is ignored.
@@ -140,12 +172,33 @@ def parse_metrics(lines: Sequence[str], *, source: str) -> dict[str, Curve]:
                 f'{source}:{number}: found {line[:80]!r}, expected a JSON object with "step"; mend or remove the line'
             ) from error
         for name, value in record.items():
-            if "/" in name and (value is None or isinstance(value, int | float)):
+            if ("/" in name or name == CLOCK) and (value is None or isinstance(value, int | float)):
                 by_name.setdefault(name, {})[step] = math.nan if value is None else float(value)
     return {
         name: Curve(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
         for name, values in by_name.items()
     }
+
+
+def scores_by_prompt(path: Path, evaluation: Evaluation) -> ScoresByPrompt:
+    """Rouge-L by test set and prompt from the responses kept beside an evaluation; empty where none were kept.
+
+    Args:
+        path: folder or file of the evaluation.
+        evaluation: names its test sets.
+
+    Raises:
+        DataError: the file of the responses is damaged.
+    """
+    if not responses_path(path).exists():
+        return {}
+    names = {(item.test_set or name, item.top_p): name for name, item in evaluation.datasets.items()}
+    found: dict[str, dict[str, list[float]]] = {}
+    for response in read_responses(path):
+        name = names.get((response.test_set, response.top_p))
+        if name is not None and response.rouge_l is not None:
+            found.setdefault(name, {}).setdefault(response.prompt_id, []).append(response.rouge_l)
+    return found
 
 
 def _read_config(path: Path, missing: list[str]) -> Mapping[str, Any]:
@@ -177,8 +230,8 @@ def _read_evaluation(folder: Path, missing: list[str]) -> Evaluation | None:
     return Evaluation.read(folder)
 
 
-def _read_record(path: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """(seconds by stage, versions by package) of the run's record, as far as they stand there."""
+def _read_record(path: Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """(record of each stage that has seconds, versions by package) of the run's record, as far as they stand there."""
     if not path.exists():
         return {}, {}
     try:
@@ -186,7 +239,7 @@ def _read_record(path: Path) -> tuple[dict[str, float], dict[str, str]]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no JSON ({error}); expected the record of the run") from error
     stages = {
-        str(stage): float(record["seconds"])
+        str(stage): record
         for stage, record in content.get("stages", {}).items()
         if isinstance(record, Mapping) and isinstance(record.get("seconds"), int | float)
     }

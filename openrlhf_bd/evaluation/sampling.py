@@ -1,4 +1,4 @@
-"""Responses to many prompts from several engines: requests in batches, one batch at a time on each engine."""
+"""Responses to many prompts from several engines: requests in batches, and on each engine the next one waiting."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Large enough to fill an engine, small enough that engines finish at about the same time and progress is seen.
 BATCH_SIZE = 256
+# Batches of responses that an engine has at once: it takes from the next where responses of the first have ended, so
+# that it decodes as many as it can until few are left at all.
+BATCHES_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,13 @@ def sample_responses(
         )
 
     return run_batches(
-        engines, requests, submit, timeout_s=timeout_s, what="a batch of responses", on_progress=on_progress
+        engines,
+        requests,
+        submit,
+        timeout_s=timeout_s,
+        what="a batch of responses",
+        on_progress=on_progress,
+        at_once=BATCHES_AT_ONCE,
     )
 
 
@@ -150,8 +159,9 @@ def run_batches(
     what: str,
     on_progress: Callable[[int], None] | None = None,
     batch_size: int = BATCH_SIZE,
+    at_once: int = 1,
 ) -> list[Any]:
-    """One result for each item, in order; every actor has one batch at a time and gets the next when it is done.
+    """One result for each item, in order; an actor gets its next batch when one is done.
 
     Args:
         actors: actor handles, at least one.
@@ -161,14 +171,15 @@ def run_batches(
         what: name of a batch in messages.
         on_progress: called with the number of items just finished.
         batch_size: items of one batch.
+        at_once: batches that an actor has at a time.
 
     Raises:
         ClusterError: an actor died, or no batch was ready in time.
         BDError: what an actor raised, if it is one of ours.
     """
     results: list[Any] = [None] * len(items)
-    waiting = deque(_spans(len(items), batch_size, num_actors=len(actors)))
-    idle = deque(actors)
+    waiting = deque(_spans(len(items), batch_size, num_places=len(actors) * at_once))
+    idle = deque([*actors] * at_once)
     running: dict[Any, tuple[Any, range]] = {}
     try:
         while waiting or running:
@@ -189,9 +200,9 @@ def run_batches(
     return results
 
 
-def _spans(num_items: int, batch_size: int, *, num_actors: int) -> Iterator[range]:
-    """Consecutive ranges over the items: at most batch_size each, and no fewer than there are actors if it can be."""
-    size = max(1, min(batch_size, -(-num_items // num_actors)))
+def _spans(num_items: int, batch_size: int, *, num_places: int) -> Iterator[range]:
+    """Consecutive ranges over the items: at most batch_size each, and no fewer than there are places if it can be."""
+    size = max(1, min(batch_size, -(-num_items // num_places)))
     bounds = [*range(0, num_items, size), num_items]
     return (range(start, stop) for start, stop in itertools.pairwise(bounds))
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from openrlhf_bd.errors import DataError
+from openrlhf_bd.data.fields import reference_fields
+from openrlhf_bd.data.readers import Record
 from openrlhf_bd.evaluation.checker import Checker
 from openrlhf_bd.evaluation.rouge import rouge_l
 from openrlhf_bd.records import Prompt
@@ -36,14 +37,14 @@ class SeedScores:
     """Scores of one seed's responses, and what each response got.
 
     Attributes:
-        rouge_l_B: Rouge-L of each response, 0 to 100; None without references.
+        rouge_l_B: Rouge-L of each response, 0 to 100, None where there is no reference; None without references.
         correct_B: verdict of the checker on each; None without a checker.
         response_tokens: mean length, tokens.
         stop_rate: share that ended by itself.
         distinct_1, distinct_2: see `distinct`.
     """
 
-    rouge_l_B: list[float] | None
+    rouge_l_B: list[float | None] | None
     correct_B: list[bool] | None
     response_tokens: float
     stop_rate: float
@@ -52,28 +53,23 @@ class SeedScores:
 
     @property
     def rouge_l(self) -> float | None:
-        return None if self.rouge_l_B is None else math.fsum(self.rouge_l_B) / len(self.rouge_l_B)
+        """Mean over the responses that have a reference."""
+        found = [value for value in self.rouge_l_B or [] if value is not None]
+        return math.fsum(found) / len(found) if found else None
 
     @property
     def accuracy(self) -> float | None:
         return None if self.correct_B is None else sum(self.correct_B) / len(self.correct_B)
 
 
-def references_of(prompt: Prompt, label_key: str) -> str | list[str]:
-    """The reference response, or responses, of a prompt's record.
+def references_of(prompt: Prompt, label_key: str) -> list[str]:
+    """The reference responses of a prompt's record, any number; none where it has none.
 
     Raises:
-        DataError: there is none, or it is neither text nor a list of texts.
+        DataError: what stands there is neither a text nor a list of texts.
     """
-    found = prompt.record.get(label_key)
-    if isinstance(found, str):
-        return found
-    if isinstance(found, Sequence) and found and all(isinstance(item, str) for item in found):
-        return list(found)
-    raise DataError(
-        f"prompt {prompt.prompt_id}: {label_key!r} holds {found!r}; expected a text or a list of texts, the reference "
-        "response. See --data.label_key"
-    )
+    record = Record(dict(prompt.record), f"prompt {prompt.prompt_id}")
+    return reference_fields(record, label_key, allow_missing=True)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -106,7 +102,7 @@ def mean_nll(logprobs: Sequence[NDArray[np.float32]]) -> float:
 def score_seed(
     responses: Sequence[Response],
     records: Sequence[Mapping[str, Any]],
-    references: Sequence[str | list[str]] | None,
+    references: Sequence[Sequence[str]] | None,
     checker: Checker | None,
 ) -> SeedScores:
     """Score one response to each prompt.
@@ -114,7 +110,7 @@ def score_seed(
     Args:
         responses: one for each prompt.
         records: the data set's record of each prompt, for the checker.
-        references: reference or references of each prompt, or None.
+        references: references of each prompt, some may have none; or None.
         checker: function(record, response text) -> bool, or None.
 
     Raises:
@@ -126,7 +122,7 @@ def score_seed(
     return SeedScores(
         rouge_l_B=None
         if references is None
-        else [rouge_l(text, refs) for text, refs in zip(texts, references, strict=True)],
+        else [rouge_l(text, refs) if refs else None for text, refs in zip(texts, references, strict=True)],
         correct_B=None
         if checker is None
         else [bool(checker(record, text)) for record, text in zip(records, texts, strict=True)],

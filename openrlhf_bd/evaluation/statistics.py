@@ -1,10 +1,12 @@
-"""Mean, spread and confidence interval of a score over seeds. Plain Python."""
+"""Spread and confidence interval of a score over seeds, and paired differences over prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 # Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; above, a series is exact to four digits.
 _T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -78,3 +80,56 @@ def intervals_overlap(one: Estimate, other: Estimate) -> bool:
     if one.half_width is None or other.half_width is None:
         return False
     return one.interval[0] <= other.interval[1] and other.interval[0] <= one.interval[1]
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """A score of one method minus that of another, over the prompts that both answered.
+
+    Attributes:
+        mean: mean over prompts of the difference of their means over responses.
+        low, high: 95 % percentile interval of the bootstrap over prompts; None with fewer than two prompts.
+        num_prompts: prompts that both have.
+        num_left_out: prompts that only one of the two has.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_prompts: int
+    num_left_out: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
+
+
+def paired_difference(
+    one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]], *, num_resamples: int = 4000
+) -> PairedDifference | None:
+    """Difference of two methods over the same prompts, with a bootstrap interval over prompts.
+
+    mean_i (mean_s one[i, s] - mean_s other[i, s]) over prompts i and responses s. Pairing takes out what makes a prompt
+    easy or hard for both; the interval says how much other prompts would change, not another training seed.
+
+    Args:
+        one, other: scores of the responses by prompt.
+        num_resamples: draws of as many prompts, with replacement; the same draws for every call.
+
+    Returns:
+        None where no prompt was answered by both.
+    """
+    shared = sorted(prompt for prompt in one.keys() & other.keys() if one[prompt] and other[prompt])
+    if not shared:
+        return None
+    difference_P = np.array([math.fsum(one[p]) / len(one[p]) - math.fsum(other[p]) / len(other[p]) for p in shared])
+    num_prompts = len(shared)
+    low = high = None
+    if num_prompts > 1:
+        draws = np.random.default_rng(0).multinomial(
+            num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_resamples
+        )
+        low, high = (float(bound) for bound in np.quantile(draws @ difference_P / num_prompts, (0.025, 0.975)))
+    left_out = len(one.keys() | other.keys()) - num_prompts
+    return PairedDifference(float(difference_P.mean()), low, high, num_prompts, left_out)

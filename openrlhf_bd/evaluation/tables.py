@@ -1,19 +1,17 @@
-"""The main table: methods by scores, mean and spread over seeds; for the terminal, as CSV, and for the report."""
+"""The main table: methods by scores, mean and spread over seeds; for the terminal and for the report."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from openrlhf_bd.evaluation.results import Evaluation
+from openrlhf_bd.evaluation.results import DatasetScores, Evaluation, Exposure
 from openrlhf_bd.evaluation.statistics import Estimate, estimate, intervals_overlap
 
 
@@ -22,12 +20,13 @@ class Score:
     """A column of the table.
 
     Attributes:
-        name: field of `DatasetScores`.
+        name: field of `DatasetScores`, or with `exposure` before it, of its `Exposure`.
         title: heading.
         unit: as it stands beside the heading and on axes.
         better: which direction is better; None for a score that is only described.
         scale: factor from the stored value to the shown one.
         digits: shown after the point.
+        in_terminal: whether the terminal's narrow table has it too.
     """
 
     name: str
@@ -36,6 +35,14 @@ class Score:
     better: Literal["higher", "lower"] | None
     scale: float
     digits: int
+    in_terminal: bool = True
+
+    def values(self, item: DatasetScores) -> list[float] | None:
+        """The score of each seed, scaled as shown; None where it was not measured."""
+        section, _, name = self.name.rpartition(".")
+        source: Exposure | DatasetScores | None = item.exposure if section else item
+        found: list[float] | None = None if source is None else getattr(source, name)
+        return None if found is None else [value * self.scale for value in found]
 
     def format(self, value: float) -> str:
         """The value as it is shown, scaled already."""
@@ -48,7 +55,11 @@ SCORES = (
     Score("teacher_nll", "Teacher NLL", "nats/token", "lower", 1.0, 3),
     Score("response_tokens", "Length", "tokens", None, 1.0, 1),
     Score("stop_rate", "Stop rate", "%", None, 100.0, 1),
+    Score("distinct_1", "Distinct-1", "%", None, 100.0, 1, in_terminal=False),
     Score("distinct_2", "Distinct-2", "%", None, 100.0, 1),
+    Score("exposure.forward_kl", "Forward KL", "nats/token", "lower", 1.0, 3, in_terminal=False),
+    Score("exposure.reverse_kl", "Reverse KL", "nats/token", "lower", 1.0, 3, in_terminal=False),
+    Score("exposure.out_of_set_rate", "Out of set", "%", None, 100.0, 1, in_terminal=False),
 )
 
 
@@ -81,6 +92,7 @@ class MainTable:
     dataset: str
     num_prompts: tuple[int, ...]
     num_seeds: tuple[int, ...]
+    num_unscored: int
     scores: tuple[Score, ...]
     rows: tuple[Row, ...]
 
@@ -96,13 +108,9 @@ def main_table(
         reference_labels: methods that do not compete for the best mark.
     """
     found = [(label, item.datasets[dataset]) for label, item in evaluations if dataset in item.datasets]
-    scores = tuple(score for score in SCORES if any(item.values(score.name) is not None for _, item in found))
+    scores = tuple(score for score in SCORES if any(score.values(item) is not None for _, item in found))
     estimates = [
-        [
-            None if (values := item.values(score.name)) is None else estimate([v * score.scale for v in values])
-            for score in scores
-        ]
-        for _, item in found
+        [None if (values := score.values(item)) is None else estimate(values) for score in scores] for _, item in found
     ]
     competing = [label not in reference_labels for label, _ in found]
     marks = [_marks([row[column] for row in estimates], competing, score.better) for column, score in enumerate(scores)]
@@ -118,6 +126,7 @@ def main_table(
         dataset,
         num_prompts=tuple(sorted({item.num_prompts for _, item in found})),
         num_seeds=tuple(sorted({len(item.seeds) for _, item in found})),
+        num_unscored=max((item.num_unscored for _, item in found), default=0),
         scores=scores,
         rows=rows,
     )
@@ -161,8 +170,9 @@ def terminal_table(table: MainTable) -> Table:
     """The table for a terminal: best in bold, scores whose interval overlaps with the best one's with a ≈."""
     prompts = " or ".join(str(count) for count in table.num_prompts)
     seeds = " or ".join(str(count) for count in table.num_seeds)
+    unscored = f"; {table.num_unscored} without a reference, not in Rouge-L" if table.num_unscored else ""
     rendered = Table(
-        title=f"{table.dataset}: {prompts} prompts, {seeds} seeds",
+        title=f"{table.dataset}: {prompts} prompts, {seeds} seeds{unscored}",
         caption="mean±std over seeds; bold: best; ≈: its 95 % interval overlaps the best one's",
         title_justify="left",
         caption_justify="left",
@@ -171,12 +181,13 @@ def terminal_table(table: MainTable) -> Table:
         show_edge=False,
     )
     rendered.add_column("method", overflow="fold")
-    for score in table.scores:
+    shown = [column for column, score in enumerate(table.scores) if score.in_terminal]
+    for score in (table.scores[column] for column in shown):
         arrow = {"higher": " ↑", "lower": " ↓", None: ""}[score.better]
         title = score.title.replace(" ", "\n")
         rendered.add_column(Text(f"{title}{arrow}\n{score.unit}"), justify="right", no_wrap=True, vertical="bottom")
     for row in table.rows:
-        cells = [_terminal_cell(score, cell) for score, cell in zip(table.scores, row.cells, strict=True)]
+        cells = [_terminal_cell(table.scores[column], row.cells[column]) for column in shown]
         rendered.add_row(Text(row.label), *cells, style="dim" if row.is_reference else "")
     return rendered
 
@@ -188,19 +199,3 @@ def _terminal_cell(score: Score, cell: Cell) -> Text:
     compared = score.better is not None
     text = format_spread(score, cell.estimate).replace(" ", "") if compared else score.format(cell.estimate.mean)
     return Text(f"≈{text}" if cell.mark == "close" else text, style="bold" if cell.mark == "best" else "")
-
-
-def write_csv(table: MainTable, path: Path) -> None:
-    """Write the table as CSV: one line a method and score, with mean, spread, interval and the value of every seed."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["dataset", "method", "score", "unit", "mean", "std", "ci95_low", "ci95_high", "values"])
-        for row in table.rows:
-            for score, cell in zip(table.scores, row.cells, strict=True):
-                if cell.estimate is None:
-                    continue
-                found = cell.estimate
-                interval = ("", "") if found.half_width is None else found.interval
-                values = " ".join(repr(value) for value in found.values)
-                std = "" if found.std is None else found.std
-                writer.writerow([table.dataset, row.label, score.name, score.unit, found.mean, std, *interval, values])

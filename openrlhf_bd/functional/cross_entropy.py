@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from openrlhf_bd.functional.head import DenseHead, StudentHead
@@ -48,6 +49,22 @@ def token_cross_entropy(
         "logsumexp": weighted(logsumexp_S, counted_S),
         f"logsumexp{SECOND_MOMENT}": weighted(logsumexp_S.double().square(), counted_S),
     }
+
+
+@torch.no_grad()
+def sum_of_nll(head: StudentHead, target_S: Tensor, mask_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count of -log softmax(z_t)(y_t): what a validation loss is the quotient of.
+
+    Args:
+        head: student's logits at the states. No gradient flows.
+        target_S: target token of each state, int64; ignored where the mask is False.
+        mask_S: states that count, bool.
+
+    Returns:
+        (sum, count), nats and tokens, float64 scalars; add them over micro-batches and ranks, then divide.
+    """
+    nll_S = head.cross_entropy(target_S, mask_S.float()).nll_S
+    return nll_S.double().sum(), mask_S.sum().double()
 
 
 def token_cross_entropy_from_logits(

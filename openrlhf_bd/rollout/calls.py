@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from openrlhf_bd.errors import BDError, ClusterError
 
@@ -58,6 +58,11 @@ def wait_for(refs: Any, *, timeout_s: float, what: str) -> Any:
     except RayActorError as error:
         raise ClusterError(
             f"an actor died while waiting for {what}: {error}. Run the same command again to resume"
+        ) from error
+    except OutOfMemoryError as error:
+        raise ClusterError(
+            f"a node ran out of memory while waiting for {what}, and Ray ended an actor there: {_first_line(error)}. "
+            "Run the same command again to resume, with fewer actors a node or more memory"
         ) from error
 
 

@@ -50,7 +50,7 @@ class StoreManifest(_Frozen):
     """What the rows of a store are. All but `versions` and `created` is its identity.
 
     Attributes:
-        kind: "teacher" (responses of the teacher) or "gold" (the data set's own).
+        kind: "teacher" (responses of the teacher) or "gold" (the data set's own; with sets, a teacher scored them).
         fingerprints: name -> fingerprint of what the rows depend on: "tokenizer", "prompts", "teacher", ...
             With "teacher_prompts" the teacher saw other prompts than the rows have; "teacher:<name>" is one of several
             teachers, and each row names its own.
@@ -87,8 +87,8 @@ class StoreManifest(_Frozen):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Self:
-        if self.kind == "gold" and self.has_sets:
-            raise ValueError(f"gold rows have no candidate sets, so top_p must be None; found {self.top_p}")
+        if self.kind == "gold" and self.has_whole_sets:
+            raise ValueError("gold rows have sets that list ids, or none; found top_p 1, at which sets list none")
         if not self.has_sets and (self.has_logprobs or self.always_include):
             raise ValueError("has_logprobs and always_include describe candidate sets; expected top_p beside them")
         if self.has_whole_sets and (self.has_logprobs or self.always_include):
@@ -107,6 +107,11 @@ class StoreManifest(_Frozen):
     @property
     def has_sets(self) -> bool:
         return self.top_p is not None
+
+    @property
+    def has_response_logprobs(self) -> bool:
+        """Whether a teacher told the log-probabilities of the responses' tokens."""
+        return self.kind == "teacher" or self.has_sets
 
     @property
     def has_whole_sets(self) -> bool:

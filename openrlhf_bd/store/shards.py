@@ -16,7 +16,7 @@
     behaviour_logprobs list<float32> | null   of each response token under what sampled it, nats; null as above
     prompt_ids         list<int32>
     response_ids       list<int32>
-    response_logprobs  list<float32> | null   nats; teacher stores only
+    response_logprobs  list<float32> | null   nats; where a teacher made or scored the rows
     set_sizes          list<int32>            S entries; the rest only in stores with candidate sets of p < 1
     set_ids            list<int32>            the sets one after another, each by descending probability
     neg_log_mass       list<float16>          S entries, nats
@@ -81,7 +81,7 @@ def arrow_schema(manifest: StoreManifest, store_id: str) -> pa.Schema:
         pa.field("prompt_ids", int_list, nullable=False),
         pa.field("response_ids", int_list, nullable=False),
     ]
-    if manifest.kind == "teacher":
+    if manifest.has_response_logprobs:
         fields.append(pa.field("response_logprobs", _list_of(pa.float32()), nullable=True))
     if manifest.has_sets and not manifest.has_whole_sets:
         fields += [pa.field(name, int_list, nullable=False) for name in ("set_sizes", "set_ids")]
@@ -116,8 +116,8 @@ def check_rollout(rollout: Rollout, manifest: StoreManifest) -> None:
     found: str | None = None
     if num_tokens == 0:
         found = "no response token, expected at least one"
-    elif logprobs_T is not None and manifest.kind == "gold":
-        found = "log-probabilities, expected none in a gold store"
+    elif logprobs_T is not None and not manifest.has_response_logprobs:
+        found = "log-probabilities, expected none in a gold store that no teacher scored"
     elif logprobs_T is not None and (len(logprobs_T) != num_tokens or np.isnan(logprobs_T).any()):
         found = f"{len(logprobs_T)} log-probabilities, expected {num_tokens} numbers"
     elif (rollout.teacher_prompt_hash is not None) != manifest.has_teacher_prompts:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ import torch
 from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.config import Config
 from openrlhf_bd.engines.arguments import Transfer
+from openrlhf_bd.engines.spans import SpanLog
+from openrlhf_bd.records import Span
 from openrlhf_bd.student.average import EMA, TARGET, average_file, make_averages, save_averages
-from openrlhf_bd.student.checkpoints import newest_tag
-from openrlhf_bd.student.data import RowStores, StudentData
+from openrlhf_bd.student.checkpoints import newest_tag, remove_old_students
+from openrlhf_bd.student.data import StudentData
 from openrlhf_bd.student.export import save_hf
 from openrlhf_bd.student.flops import count_model, peak_tflops
 from openrlhf_bd.student.live_teacher import LiveTeacher, load_live_teacher
 from openrlhf_bd.student.loading import load_student
 from openrlhf_bd.student.lora import save_adapter
 from openrlhf_bd.student.model import context_length, vocabulary_size
+from openrlhf_bd.student.row_source import RowStores
 from openrlhf_bd.student.step import StudentStep, TrainedModel, Utilisation
 from openrlhf_bd.student.strategy import PARAM_DTYPES, BellmanStrategy, checkpoint_folder
 from openrlhf_bd.student.weights import WeightSender, trained_weights
@@ -31,6 +35,8 @@ from openrlhf_bd.upstream import BaseModelActor
 
 OWN_STATE = "openrlhf_bd"
 ACTOR_FOLDER = "_actor"
+# Of a training step, as its metrics name them.
+STEP_PARTS = ("data", "forward_backward", "optimizer")
 
 
 def student_environment() -> dict[str, str]:
@@ -69,6 +75,7 @@ class StudentRankImpl(BaseModelActor):
             DataError: the model cannot be loaded, or rows are too long for it.
             StoreError: the store is damaged or unfinished.
         """
+        self._spans, started = SpanLog(), time.time()
         self._setup_distributed(strategy)
         self._config = config
         self._stop_ids = tuple(stop_ids)
@@ -97,6 +104,11 @@ class StudentRankImpl(BaseModelActor):
             teacher=self._live_teacher(),
             target=self._averages.get(TARGET),
         )
+        self._spans.add("start", started, time.time())
+
+    def take_spans(self, *, everything: bool = False) -> tuple[float, list[Span]]:
+        """What the rank did since the last call, and its clock; see `SpanLog.take`. Not collective."""
+        return self._spans.take(everything=everything)
 
     def _utilisation(self) -> Utilisation:
         dtype, given = PARAM_DTYPES[self._config.ds.param_dtype], self._config.logger.peak_tflops
@@ -105,7 +117,7 @@ class StudentRankImpl(BaseModelActor):
         return Utilisation(counts, float(self.strategy.all_reduce(peak, "sum")))
 
     def _live_teacher(self) -> LiveTeacher | None:
-        if self._config.algo.distill.kd_ratio == 0:
+        if self._config.algo.distill.kd_ratio == 0 and not self._needs.live_teacher:
             return None
         vocab_size = vocabulary_size(self._student.engine.module)
         return load_live_teacher(self._config, vocab_size=vocab_size, device=self.strategy.device)
@@ -153,6 +165,7 @@ class StudentRankImpl(BaseModelActor):
         Raises:
             TrainingError: a loss or gradient is not finite; on all ranks, before any weight changes.
         """
+        began_s = time.time()
         if self._needs.shift_constant and self._shift_constant is None:
             self.estimate_shift(self._data.shift_steps)
         started = time.monotonic()
@@ -165,7 +178,17 @@ class StudentRankImpl(BaseModelActor):
         metrics = self._step.run(step, batch, algorithm, data_s=data_s)
         for average in self._averages.values():
             average.update()
+        parts = {name: metrics[f"time_{name}_s"] for name in STEP_PARTS}
+        self._spans.add("train", began_s, time.time(), step=step, parts=parts)
         return metrics
+
+    def validation_loss(self) -> float:
+        """Mean negative log-likelihood of the validation set's own responses, nats a token, over all ranks.
+
+        Of the running average with --train.enable_ema. Training goes on as if it had not been computed.
+        """
+        with self._selected_weights():
+            return self._step.mean_nll(chain.from_iterable(self._data.validation()))
 
     def save_checkpoint(
         self,
@@ -189,19 +212,22 @@ class StudentRankImpl(BaseModelActor):
         folder = checkpoint_folder(self._config)
         if not ckpt.disable_ds:
             averages = {name: average.whole() for name, average in self._averages.items()}
-            self.strategy.save_ckpt(
-                self._student.engine,
-                str(folder / ACTOR_FOLDER),
-                tag,
-                ckpt.max_num,
-                ckpt.max_mem,
-                {OWN_STATE: {"client": client_states or {}, "shift_constant": self._shift_constant}},
-                metric_value=metric_value,
-                metric_key=metric_key,
-                write_more=lambda path: save_averages(averages, path),
-            )
+            with self._spans.span("checkpoint"):
+                self.strategy.save_ckpt(
+                    self._student.engine,
+                    str(folder / ACTOR_FOLDER),
+                    tag,
+                    ckpt.max_num,
+                    ckpt.max_mem,
+                    {OWN_STATE: {"client": client_states or {}, "shift_constant": self._shift_constant}},
+                    metric_value=metric_value,
+                    metric_key=metric_key,
+                    write_more=lambda path: save_averages(averages, path),
+                )
         if ckpt.save_hf:
-            self.save_hf(str(folder / f"{tag}_hf"))
+            newest = f"{tag}_hf"
+            self.save_hf(str(folder / newest))
+            self.strategy.on_rank_0(lambda: remove_old_students(folder, newest=newest, max_num=ckpt.max_num))
 
     def load_checkpoint(self, tag: str | None = None) -> dict[str, Any]:
         """Go on from a checkpoint.
@@ -236,9 +262,13 @@ class StudentRankImpl(BaseModelActor):
         Raises:
             OSError: it cannot be written.
         """
-        ema = self._averages.get(EMA)
-        with ema.applied() if ema is not None else nullcontext():
+        with self._spans.span("checkpoint"), self._selected_weights():
             save_hf(self._student.engine, self.strategy, Path(path), self._config)
+
+    def _selected_weights(self) -> AbstractContextManager[None]:
+        """Inside, the student's parameters are those that are validated and saved."""
+        ema = self._averages.get(EMA)
+        return ema.applied() if ema is not None else nullcontext()
 
     def join_weight_group(self, engines: Sequence[Any], *, transfer: Transfer, workers_per_engine: int) -> None:
         """Form a group with engines that sample from the student; it takes the place of an earlier one.
@@ -274,7 +304,7 @@ class StudentRankImpl(BaseModelActor):
         Raises:
             ClusterError: an engine did not get or load the weights; on rank 0.
         """
-        with self._averages[EMA].applied() if average else nullcontext():
+        with self._spans.span("sync"), self._averages[EMA].applied() if average else nullcontext():
             return self._weight_sender.send()
 
     def save_adapter(self, path: str, *, average: bool = False) -> int:
@@ -291,9 +321,10 @@ class StudentRankImpl(BaseModelActor):
             OSError: it cannot be written; on all ranks.
         """
         engine = self._student.engine
-        with self._averages[EMA].applied() if average else nullcontext():
-            weights = trained_weights(engine)
-        self.strategy.on_rank_0(lambda: save_adapter(engine.module.model, weights, self._config, Path(path)))
+        with self._spans.span("sync"):
+            with self._averages[EMA].applied() if average else nullcontext():
+                weights = trained_weights(engine)
+            self.strategy.on_rank_0(lambda: save_adapter(engine.module.model, weights, self._config, Path(path)))
         return sum(tensor.nbytes for tensor in weights.values())
 
 

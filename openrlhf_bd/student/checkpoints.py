@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ METRIC = "metric.json"
 LATEST = "latest"
 PARTIAL = ".partial"
 BEST_PREFIX = "best"
+_STUDENT = re.compile(r"global_step(\d+)_hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,25 @@ def newest_tag(folder: Path) -> str | None:
     """Tag of the newest whole checkpoint, or None."""
     found = checkpoints(folder)
     return found[-1].path.name if found else None
+
+
+def remove_old_students(folder: Path, *, newest: str, max_num: int) -> list[str]:
+    """Remove the students (--ckpt.save_hf) of the first checkpoints over a limit. The newest stays.
+
+    Args:
+        folder: that they lie in, as `global_step<N>_hf`; others, such as selected students, are left alone.
+        newest: name of the one that was just written.
+        max_num: students kept.
+
+    Returns:
+        Names that were removed, oldest step first.
+    """
+    found = {int(match[1]): entry for entry in folder.iterdir() if (match := _STUDENT.fullmatch(entry.name))}
+    old = [found[step] for step in sorted(found) if found[step].name != newest]
+    removed = old[: max(0, len(found) - max_num)]
+    for entry in removed:
+        shutil.rmtree(entry)
+    return [entry.name for entry in removed]
 
 
 def remove_old(folder: Path, *, newest: str, max_num: int, max_gigabytes: float) -> list[str]:

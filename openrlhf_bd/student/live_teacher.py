@@ -1,4 +1,5 @@
-"""The teacher in a student's rank: a frozen model that gives its logits at the states of pre-training text (kd_ratio).
+"""The teacher in a student's rank: a frozen model that gives its logits at the states of pre-training text (kd_ratio)
+and of rows (kd_support full).
 
 It computes with whole weights on every rank, whatever the student's ZeRO stage is.
 """
@@ -78,7 +79,7 @@ def load_live_teacher(config: Config, *, vocab_size: int, device: torch.device) 
     """
     name = config.teacher.model_name_or_path
     if name is None:
-        raise ConfigError("--algo.distill.kd_ratio: --teacher.model_name_or_path is missing; it names the teacher")
+        raise ConfigError("--teacher.model_name_or_path is missing; it names the teacher that the student's ranks hold")
     hf_config = read_model_config(name, config, role="teacher")
     check_live_teacher(hf_config.model_type, config)
     model = AutoModelForCausalLM.from_pretrained(
@@ -101,8 +102,8 @@ def check_live_teacher(family: str, config: Config) -> None:
     if family not in FAMILIES:
         raise ConfigError(
             f"--teacher.model_name_or_path {config.teacher.model_name_or_path}: models of type {family} cannot be the "
-            f"live teacher of --algo.distill.kd_ratio; expected one of {', '.join(FAMILIES)}, or "
-            "--algo.distill.kd_ratio 0"
+            f"teacher that the student's ranks hold; expected one of {', '.join(FAMILIES)}, or neither "
+            "--algo.distill.kd_ratio above 0 nor --algo.distill.kd_support full"
         )
 
 

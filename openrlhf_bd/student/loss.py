@@ -28,7 +28,7 @@ class MicroBatchLoss:
     Attributes:
         batch: on the head's device.
         algorithm: gives the loss of the rollouts.
-        context: of the step; its target head has the states of the rollouts.
+        context: of the step; its heads have the states of the rollouts.
         num_targets: N, pre-training targets of the global batch.
         teacher_head: the teacher at the states of the text, without gradient; None where r (kd_ratio) is 0 or there is
             no text.
@@ -90,7 +90,7 @@ class MicroBatchLoss:
 
     def _single_items(self, head: StudentHead) -> Iterator[tuple[MicroBatchLoss, StudentHead]]:
         """The loss of each row and block alone, and the student's head at its states."""
-        batch, target = self.batch, self.context.target_head
+        batch, target, live = self.batch, self.context.target_head, self.context.teacher_head
         no_target_P = batch.target_P[:0]
         for start, length in _runs(batch.trajectories.row_S.diff() != 0, batch.num_states):
             own = replace(
@@ -99,7 +99,11 @@ class MicroBatchLoss:
                 sets=None if batch.sets is None else _narrow_sets(batch.sets, start, length),
                 target_P=no_target_P,
             )
-            context = replace(self.context, target_head=None if target is None else target.narrow(start, length))
+            context = replace(
+                self.context,
+                target_head=None if target is None else target.narrow(start, length),
+                teacher_head=None if live is None else live.narrow(start, length),
+            )
             yield replace(self, batch=own, context=context), head.narrow(start, length)
         state_P = batch.tokens.state_index_S[batch.num_states :]
         for start, length in _runs(batch.tokens.position_ids.flatten()[state_P][1:] == 0, batch.num_targets):

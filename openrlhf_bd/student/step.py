@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +19,10 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.data.micro_batches import MicroBatch, TokenBatch
 from openrlhf_bd.errors import TrainingError
 from openrlhf_bd.functional.bellman import td_scale_at
+from openrlhf_bd.functional.cross_entropy import sum_of_nll
 from openrlhf_bd.functional.head import StudentHead, mean_log_sum_exp
 from openrlhf_bd.functional.metrics import Metrics, mean_metrics, merge_metrics
+from openrlhf_bd.functional.trajectories import Trajectories
 from openrlhf_bd.student.data import StepBatch
 from openrlhf_bd.student.flops import TERA, ModelCounts, step_flops
 from openrlhf_bd.student.live_teacher import LiveTeacher
@@ -27,6 +30,9 @@ from openrlhf_bd.student.loss import MicroBatchLoss, rollout_tokens, text_tokens
 from openrlhf_bd.student.strategy import BellmanStrategy
 
 MAX_NAMES = 8
+
+# Sum and count of something over the states of a head.
+Measure = Callable[[StudentHead], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ class StudentStep:
         strategy: of this rank.
         config: options of the job.
         utilisation: for the model FLOP utilisation.
-        teacher: for --algo.distill.kd_ratio, or None.
+        teacher: for --algo.distill.kd_ratio and algorithms that need it live, or None.
         target: for --algo.distill.next_value_gradient target, or None.
     """
 
@@ -139,15 +145,36 @@ class StudentStep:
             **self._speed(batch, values["time_forward_backward_s"] + values["time_optimizer_s"]),
         }
 
-    @torch.no_grad()
     def mean_logsumexp(self, batches: Iterable[StepBatch]) -> float:
         """Mean log-sum-exp of the student's logits / tau over the response tokens of global batches. Collective."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._strategy.device)
-        self._student.engine.eval()
-        for micro_batch in (micro_batch for batch in batches for micro_batch in batch.micro_batches):
-            mask_S = micro_batch.trajectories.has_action_S.to(self._strategy.device)
-            level = partial(mean_log_sum_exp, mask_S=mask_S, tau=self._options.tau)
-            sums += micro_batch.weight * torch.stack(self._forward(rollout_tokens(micro_batch), level))
+
+        def level(trajectories: Trajectories) -> Measure:
+            return partial(mean_log_sum_exp, mask_S=trajectories.has_action_S, tau=self._options.tau)
+
+        return self._mean(chain.from_iterable(batch.micro_batches for batch in batches), level)
+
+    def mean_nll(self, micro_batches: Iterable[MicroBatch]) -> float:
+        """Mean negative log-likelihood of a response token over all ranks' rows, nats, in fp32. Collective.
+
+        No dropout, no gradient, no random number: the next training step is what it would have been without.
+        """
+
+        def nll(trajectories: Trajectories) -> Measure:
+            return partial(sum_of_nll, target_S=trajectories.taken_S, mask_S=trajectories.has_action_S)
+
+        return self._mean(micro_batches, nll)
+
+    @torch.no_grad()
+    def _mean(self, micro_batches: Iterable[MicroBatch], measure: Callable[[Trajectories], Measure]) -> float:
+        """Sum by count of what is measured at the rollouts' states, over micro-batches and ranks."""
+        engine, device = self._student.engine, self._strategy.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        was_training = engine.module.training
+        engine.eval()
+        for micro_batch in micro_batches:
+            of_states = measure(micro_batch.trajectories.to(device))
+            sums += micro_batch.weight * torch.stack(self._forward(rollout_tokens(micro_batch), of_states))
+        engine.train(was_training)
         total, count = self._strategy.all_reduce(sums, "sum").tolist()
         return float(total / count)
 
@@ -209,14 +236,23 @@ class StudentStep:
             num_rows=float(batch.num_rows),
             step=work.step,
             target_head=work.target_heads[index],
+            teacher_head=self._teacher_head(micro_batch) if work.algorithm.needs.live_teacher else None,
             generator=self._generator(work.step, index),
             full_diagnostics=work.step == 1 or work.step % every == 0,
         )
         teacher_head = None
-        if self._teacher is not None and micro_batch.num_targets:
-            teacher_head = self._teacher.head(text_tokens(micro_batch).to(self._strategy.device))
+        if self._options.kd_ratio > 0 and micro_batch.num_targets:
+            teacher_head = self._teacher_on(text_tokens(micro_batch))
         on_device = micro_batch.to(self._strategy.device)
         return MicroBatchLoss(on_device, work.algorithm, context, float(batch.num_targets), teacher_head)
+
+    def _teacher_head(self, micro_batch: MicroBatch) -> StudentHead | None:
+        """The teacher at the rollouts' states; None where there are none."""
+        return self._teacher_on(rollout_tokens(micro_batch)) if micro_batch.num_states else None
+
+    def _teacher_on(self, tokens: TokenBatch) -> StudentHead:
+        assert self._teacher is not None, "the rank did not load the teacher"
+        return self._teacher.head(tokens.to(self._strategy.device))
 
     def _generator(self, step: int, index: int) -> torch.Generator:
         """Random numbers of one micro-batch: a resumed run draws the same, ranks draw different ones."""

@@ -1,25 +1,25 @@
 """Client of an OpenAI-compatible server: completions of token ids, with token ids and log-probabilities in the answer.
 
-The official client does the talking: it tries again, with growing pauses, where the server does not answer, is
-overloaded (429) or fails (5xx). What an answer must have is checked here.
+What an answer must have is checked here; how often it is asked for, and what becomes of refusals, is `endpoint`'s.
 """
 
 # P prompt tokens, T sampled tokens, K tokens reported of a state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from openai import APIConnectionError, APIStatusError, OpenAI
-from pydantic import BaseModel, ValidationError
+from openai import OpenAI
+from pydantic import BaseModel
 
-from openrlhf_bd.errors import BDError, ClusterError, ConfigError, DataError
+from openrlhf_bd.endpoint import Advice, ApiOptions, explained
+from openrlhf_bd.errors import DataError
 from openrlhf_bd.teacher.top_logprobs import TopLogprobs
 
 # How vLLM writes a token as its id (`return_tokens_as_token_ids`).
@@ -30,21 +30,12 @@ _PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _MASS_SLACK = 1e-3
 
 
-@dataclass(frozen=True, slots=True)
-class ApiOptions:
-    """Where the server is, and how long to try.
-
-    Attributes:
-        base_url: with the path of the API, http://HOST:PORT/v1.
-        key: sent as bearer token; in no message and no representation.
-        timeout_s: longest wait for one answer.
-        max_retries: further tries of one request.
-    """
-
-    base_url: str
-    key: str = field(repr=False)
-    timeout_s: float
-    max_retries: int
+_ADVICE = Advice(
+    url_flag="--teacher.api_base",
+    concurrency_flag="--teacher.api_concurrency",
+    limits="the server's limits decide (vLLM: --max-logprobs, --max-model-len)",
+    kept="committed rows are safe",
+)
 
 
 class ServedModel(BaseModel):
@@ -204,42 +195,8 @@ class TeacherApi:
                 "token ids as vLLM's does (return_token_ids, return_tokens_as_token_ids, logprobs, prompt_logprobs)"
             ) from None
 
-    @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """The client's errors as ours."""
-        try:
-            yield
-        except APIConnectionError as error:
-            # The cause says more: refused, reset, name not known, too late.
-            cause = str(error.__cause__ or error) or type(error.__cause__ or error).__name__
-            raise ClusterError(
-                f"{what}: no answer from {self._options.base_url} in {self._tries} ({cause}). Start the server, or "
-                "name it in --teacher.api_base, then run the same command again; committed rows are safe"
-            ) from None
-        except APIStatusError as error:
-            raise self._refusal(what, error.status_code, str(error.message)) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "its body"
-            raise DataError(
-                f"{what}: {self._options.base_url} answered otherwise than an OpenAI-compatible server: {place}: "
-                f"{first['msg']}. Name the server's API in --teacher.api_base, usually http://HOST:PORT/v1"
-            ) from None
-
-    def _refusal(self, what: str, status: int, message: str) -> BDError:
-        found = f"{what}: {self._options.base_url} answered with status {status} ({message})"
-        if status in (401, 403):
-            return ConfigError(f"{found}; put the server's key into the environment variable OPENAI_API_KEY")
-        if status in (408, 409, 429) or status >= 500:
-            return ClusterError(
-                f"{found} in {self._tries}. See the server's log, lower --teacher.api_concurrency if it is overloaded, "
-                "then run the same command again; committed rows are safe"
-            )
-        return DataError(f"{found}; the server's limits decide (vLLM: --max-logprobs, --max-model-len)")
-
-    @property
-    def _tries(self) -> str:
-        return f"{self._options.max_retries + 1} tries"
+    def _explained(self, what: str) -> AbstractContextManager[None]:
+        return explained(what, self._options, _ADVICE)
 
 
 def _completion(found: _Completion, prompt: Sequence[int], *, with_prompt: bool) -> ApiCompletion:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from openrlhf_bd.engines.actor import GenerationEngine
 from openrlhf_bd.errors import DataError
-from openrlhf_bd.records import Rollout
+from openrlhf_bd.records import Activity, Rollout
 from openrlhf_bd.store.shards import prompt_hash
 from openrlhf_bd.teacher.recorder import generation_args, scoring_args
 from openrlhf_bd.teacher.requests import RolloutRequest
@@ -118,7 +118,7 @@ class TeacherEngine(GenerationEngine):
                     extra_args=scoring_args(row, first_state=num_prompt - 1, taken=taken),
                 )
             )
-        _, recorded = self._run_recorded(prompts, params, rows, num_states)
+        _, recorded = self._run_recorded(prompts, params, rows, num_states, activity="score")
         return [
             with_states(replace(rollout, teacher_prompt_hash=hash_of(teacher_ids)), states)
             for rollout, teacher_ids, states in zip(rollouts, seen, recorded, strict=True)
@@ -139,13 +139,15 @@ class TeacherEngine(GenerationEngine):
         params: Sequence[Any],
         rows: Sequence[int],
         num_states: Sequence[int] | None = None,
+        *,
+        activity: Activity = "generate",
     ) -> tuple[list[Any], list[RecordedStates]]:
         """Outputs and recorded states of requests; without num_states one state for each sampled token."""
         with self._recording:
             # What a call that failed left behind. Not at its own end: workers that died would fail once more, and hide
             # the error that tells why.
             self._rpc("forget_recorded")
-            outputs = [sampled.output for sampled in self._run(prompts, params)]
+            outputs = [sampled.output for sampled in self._run(prompts, params, activity)]
             if num_states is None:
                 num_states = [len(output.outputs[0].token_ids) for output in outputs]
             fetched = self._rpc("take_recorded", rows, num_states)

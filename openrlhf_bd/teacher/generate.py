@@ -13,12 +13,12 @@ import ray
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.errors import ClusterError
-from openrlhf_bd.records import Prompt, Rollout
+from openrlhf_bd.records import Rollout
 from openrlhf_bd.rollout.calls import EngineLostError, engine_result
 from openrlhf_bd.store import StoreManifest, StoreWriter
 from openrlhf_bd.store.cut_sets import count_incomplete
 from openrlhf_bd.teacher.ledger import Batch, Ledger, Quarantined
-from openrlhf_bd.teacher.requests import rollout_requests
+from openrlhf_bd.teacher.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class _Work:
 
 
 def generate_teacher_data(
-    prompts: Sequence[Prompt],
+    work: Work,
     engines: Sequence[Any],
     writer: StoreWriter,
     *,
@@ -122,10 +122,10 @@ def generate_teacher_data(
     its rows come again in smaller parts; a row that ends two engines by itself is quarantined (see `ledger`).
 
     Args:
-        prompts: all prompts of the store.
+        work: all rows of the store, and how engines make them.
         engines: actor handles of `TeacherEngine`, ready.
         writer: of the store, new or resumed; it stays open.
-        config: `rollout`, `data.max_len`, `teacher`, `train.seed`, `cluster`.
+        config: `teacher`, `cluster`.
         replace_engine: ends an engine's process and returns the handle of another, not ready yet; None: engines that
             end are not replaced.
         on_progress: called after each committed batch with its number of rows and a note on speed and cost so far.
@@ -139,30 +139,31 @@ def generate_teacher_data(
             quarantined than --teacher.max_quarantined_rows allows. Committed rows stay: run again to go on.
         StoreError: rows could not be written.
     """
-    return _Job(prompts, engines, writer, config, replace_engine, on_progress).run()
+    return _Job(work, engines, writer, config, replace_engine, on_progress).run()
 
 
 class _Job:
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        work: Work,
         engines: Sequence[Any],
         writer: StoreWriter,
         config: Config,
         replace_engine: Callable[[Any], Any] | None,
         on_progress: Callable[[int, str], None] | None,
     ) -> None:
-        done = writer.settled_rows()
-        total_rows = len(prompts) * config.rollout.n_samples_per_prompt
-        num_pending = sum(1 for _ in rollout_requests(prompts, config=config, completed=done))
-        given_up, samples = writer.quarantined_row_ids(), range(config.rollout.n_samples_per_prompt)
-        self._num_quarantined = sum(f"{each.prompt_id}:{sample}" in given_up for each in prompts for sample in samples)
+        done, given_up = writer.settled_rows(), writer.quarantined_row_ids()
+        total_rows = num_pending = self._num_quarantined = 0
+        for request in work.requests():
+            total_rows += 1
+            num_pending += request.row_id not in done
+            self._num_quarantined += request.row_id in given_up
         self._ledger = Ledger(
-            rollout_requests(prompts, config=config, completed=done),
+            work.requests(completed=done),
             batch_rows=batch_rows(num_pending, num_engines=len(engines), max_num_seqs=_at_once(config)),
         )
         self._stats = GenerationStats(total_rows=total_rows, resumed_rows=total_rows - num_pending)
-        self._writer, self._config = writer, config
+        self._work, self._writer, self._config = work, writer, config
         self._replace_engine, self._on_progress = replace_engine, on_progress
         self._idle: deque[Any] = deque(engines)
         self._running: dict[Any, _Work] = {}
@@ -188,10 +189,7 @@ class _Job:
         cluster = self._config.cluster
         while self._idle and (batch := self._ledger.next_batch()):
             engine = self._idle.popleft()
-            rollout = self._config.rollout
-            ref = engine.generate_rollouts.remote(
-                list(batch.requests), temperature=rollout.temperature, top_p=rollout.top_p
-            )
+            ref = self._work.ask(engine, batch.requests)
             self._running[ref] = _Work(engine, batch, time.monotonic() + cluster.generate_timeout_s)
 
     def _next(self) -> tuple[Any, _Work]:

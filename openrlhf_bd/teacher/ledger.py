@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from openrlhf_bd.teacher.requests import RolloutRequest
+from openrlhf_bd.teacher.requests import Request
 
 PARTS = 8
 ATTEMPTS_ALONE = 2
@@ -27,7 +27,7 @@ class Batch:
         failures: times that exactly these rows were lost with an engine.
     """
 
-    requests: tuple[RolloutRequest, ...]
+    requests: tuple[Request, ...]
     failures: int = 0
 
     @property
@@ -58,7 +58,7 @@ class Ledger:
         batch_rows: rows of a batch.
     """
 
-    def __init__(self, requests: Iterator[RolloutRequest], *, batch_rows: int) -> None:
+    def __init__(self, requests: Iterator[Request], *, batch_rows: int) -> None:
         self._requests, self._batch_rows = requests, batch_rows
         self._fresh = self._take()
         self._suspects: deque[Batch] = deque()
@@ -93,11 +93,11 @@ class Ledger:
             return None
         return Quarantined(batch.requests[0].row_id, reason)
 
-    def _take(self) -> tuple[RolloutRequest, ...]:
+    def _take(self) -> tuple[Request, ...]:
         return tuple(islice(self._requests, self._batch_rows))
 
 
-def _parts(requests: Sequence[RolloutRequest]) -> Iterator[tuple[RolloutRequest, ...]]:
+def _parts(requests: Sequence[Request]) -> Iterator[tuple[Request, ...]]:
     size = -(-len(requests) // PARTS)
     for start in range(0, len(requests), size):
         yield tuple(requests[start : start + size])

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from openrlhf_bd.endpoint import ApiOptions
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.engines.loop import Progress
+from openrlhf_bd.engines.spans import SpanLog
 from openrlhf_bd.errors import DataError
-from openrlhf_bd.records import Rollout
-from openrlhf_bd.teacher.api import ApiCompletion, ApiOptions, TeacherApi
+from openrlhf_bd.records import Activity, Rollout, Span
+from openrlhf_bd.teacher.api import ApiCompletion, TeacherApi
 from openrlhf_bd.teacher.engine import hash_of, with_states
 from openrlhf_bd.teacher.requests import RolloutRequest
 from openrlhf_bd.teacher.states import NO_TOKEN
@@ -62,6 +64,7 @@ class RemoteTeacher:
         started = self._answered = time.monotonic()
         self._options = options
         self._num_answers = self._num_tokens = 0
+        self._spans = SpanLog()
         self._api = TeacherApi(options.api)
         # Sets of p = 1, and no sets, need the taken tokens alone.
         self._num_top = 0 if options.record.top_p in (None, 1) else options.top_logprobs
@@ -137,7 +140,7 @@ class RemoteTeacher:
             )
             return self._recorded(rollout, answer.token_ids, answer.top_T)
 
-        return self._all(sample, requests)
+        return self._all(sample, requests, "generate")
 
     def score(
         self, rollouts: Sequence[Rollout], teacher_prompts: Sequence[NDArray[np.int32] | None] | None = None
@@ -176,7 +179,11 @@ class RemoteTeacher:
                 taken, top_S = [*taken, NO_TOKEN], [*top_S, answer.top_T[0]]
             return self._recorded(replace(rollout, teacher_prompt_hash=hash_of(teacher_ids)), taken, top_S)
 
-        return self._all(score_one, list(zip(rollouts, seen, strict=True)))
+        return self._all(score_one, list(zip(rollouts, seen, strict=True)), "score")
+
+    def take_spans(self, *, everything: bool = False) -> tuple[float, list[Span]]:
+        """When requests were on their way since the last call, and this machine's clock; see `SpanLog.take`."""
+        return self._spans.take(everything=everything)
 
     def _complete(self, prompt_ids: NDArray[np.int32], **request: Any) -> ApiCompletion:
         answer = self._api.complete(
@@ -215,10 +222,11 @@ class RemoteTeacher:
                 "start it without a limit of its own (vLLM: --generation-config vllm)"
             )
 
-    def _all(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def _all(self, work: Callable[[Item], Result], items: Sequence[Item], activity: Activity) -> list[Result]:
         """`work` on each item, `concurrency` at once. The first error ends it; what is on the way is not waited for."""
         pool = ThreadPoolExecutor(min(self._options.concurrency, max(len(items), 1)))
         try:
-            return list(pool.map(work, items))
+            with self._spans.span(activity):
+                return list(pool.map(work, items))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.limits import teacher_length
 from openrlhf_bd.errors import DataError
-from openrlhf_bd.records import Prompt
+from openrlhf_bd.records import Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,26 @@ class RolloutRequest:
     def seen_by_teacher(self) -> NDArray[np.int32]:
         """The prompt that the engine gets."""
         return self.prompt_ids if self.teacher_ids is None else self.teacher_ids
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequest:
+    """One response for the teacher to score.
+
+    Attributes:
+        rollout: the row, without the teacher's log-probabilities and sets.
+        teacher_ids: prompt tokens as the teacher sees them; None: as the student does.
+    """
+
+    rollout: Rollout
+    teacher_ids: NDArray[np.int32] | None = None
+
+    @property
+    def row_id(self) -> str:
+        return self.rollout.row_id
+
+
+Request = RolloutRequest | ScoringRequest
 
 
 def rollout_requests(

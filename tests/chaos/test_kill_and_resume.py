@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from openrlhf_bd.evaluation.timeline import read_timeline
 from tests.integration.tiny_job import JOB_TIMEOUT_S, job_environment, job_flags, run_job, write_inputs
 
 pytestmark = pytest.mark.chaos
@@ -69,6 +70,14 @@ def test_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert 3 <= last < STEPS
     resumed = run_job(*arguments)
     assert resumed.returncode == 0, resumed.stdout
+
+    # Steps done again stand there again, in the session that did them.
+    timeline = read_timeline(tmp_path / "killed")
+    assert timeline is not None
+    assert timeline.sessions == (1, 2)
+    assert timeline.of("driver", "train", session=1)[0].step == 1
+    again = [span.step for span in timeline.of("student ranks", "train", session=2)]
+    assert again == list(range(STEPS + 1 - len(again), STEPS + 1))
 
     expected, found = steps_of(tmp_path / "whole"), steps_of(tmp_path / "killed")
     assert list(found) == list(range(1, STEPS + 1))

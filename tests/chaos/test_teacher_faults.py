@@ -30,6 +30,7 @@ from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter, verify_st
 from openrlhf_bd.teacher.engine import TeacherEngine
 from openrlhf_bd.teacher.generate import GenerationStats, generate_teacher_data
 from openrlhf_bd.teacher.requests import RolloutRequest
+from openrlhf_bd.teacher.work import Sampling
 from tests.integration.test_teacher_engine import V, qwen2, save
 
 pytestmark = pytest.mark.chaos
@@ -162,8 +163,9 @@ class Teacher:
                 what="the engines",
             ) as engines,
         ):
+            work = Sampling(prompts(), config(**options))
             return generate_teacher_data(
-                prompts(), engines.handles, store, config=config(**options), replace_engine=engines.replace
+                work, engines.handles, store, config=work.config, replace_engine=engines.replace
             )
 
     def fired(self) -> dict[str, list[Fired]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +52,17 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def local_ray_head(num_nodes: int = 1, *, num_cpus: int = NUM_CPUS, num_gpus: int = NUM_GPUS) -> Iterator[LocalCluster]:
+def local_ray_head(
+    num_nodes: int = 1, *, num_cpus: int = NUM_CPUS, num_gpus: int = NUM_GPUS, hidden: Path | None = None
+) -> Iterator[LocalCluster]:
     """A cluster of `num_nodes` nodes on this machine, each with its own loopback address, until the block is left.
 
     Args:
         num_nodes: nodes; the first is the head.
         num_cpus: logical CPUs of each node.
         num_gpus: logical GPUs of each node.
+        hidden: a folder that the head alone sees: in the other nodes' mount namespaces an empty disk hides it. Needs
+            the rights to mount, see `can_mount`.
 
     Raises:
         RuntimeError: a node ended or did not answer within START_TIMEOUT_S; the message has the end of the logs.
@@ -66,7 +71,7 @@ def local_ray_head(num_nodes: int = 1, *, num_cpus: int = NUM_CPUS, num_gpus: in
     folder = Path(tempfile.mkdtemp(prefix="bd-", dir="/tmp"))
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        ports = _free_ports(2)
+        ports = free_ports(2)
         cluster = LocalCluster(
             address=f"127.0.0.1:{ports[0]}",
             job_address=f"http://127.0.0.1:{ports[1]}",
@@ -82,7 +87,7 @@ def local_ray_head(num_nodes: int = 1, *, num_cpus: int = NUM_CPUS, num_gpus: in
         for node in range(1, num_nodes):
             # 127.0.0.2 is left out: Linux distributions give that address to the machine's own name.
             worker = [f"--address={cluster.address}", f"--node-ip-address=127.0.0.{node + 2}"]
-            processes.append(_start_node(cluster, f"node{node}", [*worker, *resources]))
+            processes.append(_start_node(cluster, f"node{node}", [*worker, *resources], hidden=hidden))
             _wait_for(cluster, processes, num_alive=node + 1)
         yield cluster
     finally:
@@ -105,23 +110,24 @@ def _client_env(folder: Path, job_address: str) -> dict[str, str]:
     }
 
 
-def _start_node(cluster: LocalCluster, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-    node_manager, object_manager, metrics, runtime_env, agent, agent_grpc, *workers = _free_ports(6 + WORKER_PORTS)
-    own_ports = [
-        f"--node-manager-port={node_manager}",
-        f"--object-manager-port={object_manager}",
-        f"--metrics-export-port={metrics}",
-        f"--runtime-env-agent-port={runtime_env}",
-        f"--dashboard-agent-listen-port={agent}",
-        f"--dashboard-agent-grpc-port={agent_grpc}",
-        f"--worker-port-list={','.join(map(str, workers))}",
-    ]
-    if "--head" in arguments:
-        own_ports.append(f"--ray-client-server-port={_free_ports(1)[0]}")
+def can_mount() -> bool:
+    """Whether this process may hide folders from a node."""
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
+
+
+def _start_node(
+    cluster: LocalCluster, name: str, arguments: list[str], *, hidden: Path | None = None
+) -> subprocess.Popen[bytes]:
+    mount = f'mount -t tmpfs none "{hidden}" && exec "$@"'
+    prefix = [] if hidden is None else ["unshare", "-m", "sh", "-c", mount, "sh"]
     env = {key: value for key, value in cluster.env.items() if key != "RAY_ADDRESS"}
     with (cluster.folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments, *own_ports],
+            [
+                *(*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+                *arguments,
+                *own_ports(arguments),
+            ],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -130,13 +136,39 @@ def _start_node(cluster: LocalCluster, name: str, arguments: list[str]) -> subpr
         )
 
 
-def _free_ports(count: int) -> list[int]:
+def own_ports(arguments: list[str]) -> list[str]:
+    """Further options of `ray start` for a node that shares its machine with others: ports that are free now.
+
+    Args:
+        arguments: what it is started with; ports in them are left alone.
+    """
+    taken = {int(number) for number in re.findall(r"\d{4,5}", " ".join(arguments))}
+    client, node_manager, object_manager, metrics, runtime_env, agent, agent_grpc, *workers = free_ports(
+        7 + WORKER_PORTS, avoid=taken
+    )
+    options = [
+        f"--node-manager-port={node_manager}",
+        f"--object-manager-port={object_manager}",
+        f"--metrics-export-port={metrics}",
+        f"--runtime-env-agent-port={runtime_env}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--worker-port-list={','.join(map(str, workers))}",
+    ]
+    return [*options, f"--ray-client-server-port={client}"] if {"head", "--head"} & set(arguments) else options
+
+
+def free_ports(count: int, *, avoid: Collection[int] = ()) -> list[int]:
     """Ports that nothing listens on. All are held until all are chosen, so they differ."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
+        ports: list[int] = []
+        while len(ports) < count:
+            each = stack.enter_context(socket.socket())
             each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
+            port = each.getsockname()[1]
+            if port not in avoid:
+                ports.append(port)
+        return ports
 
 
 def _wait_for(cluster: LocalCluster, processes: list[subprocess.Popen[bytes]], *, num_alive: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from openrlhf_bd.data.micro_batches import MicroBatch, collate
 from openrlhf_bd.data.order import BlockOrder, RowOrder
 from openrlhf_bd.functional.candidates import top_p_candidates
 from openrlhf_bd.functional.head import DenseHead, mean_log_sum_exp
-from openrlhf_bd.records import RecordedSets, Rollout
+from openrlhf_bd.records import Origin, RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
-from openrlhf_bd.student.data import SHIFT_STEPS, RowStores
+from openrlhf_bd.student.data import SHIFT_STEPS
+from openrlhf_bd.student.row_source import RowStores
 from openrlhf_bd.student.strategy import make_strategy
 from openrlhf_bd.upstream import RayActorGroup
 
 VOCAB, STOP, NUM_ROWS, BATCH, STEPS = 64, 1, 11, 5, 4
+NUM_VALIDATION = 7
 TOLERANCE = 1e-5
 
 
@@ -41,15 +43,16 @@ class Material:
 
     folder: Path
     store: Path
+    online: Path
+    validation: Path
     pretrain: Path
     qwen2: Path
     gpt2: Path
     not_a_number: Path
 
 
-def _recorded(num_states: int, generator: torch.Generator) -> RecordedSets:
-    logits = 3 * torch.randn(num_states, VOCAB, generator=generator)
-    sets = top_p_candidates(logits, top_p=0.95, always_include=[STOP])
+def _recorded(logits_SV: Tensor) -> RecordedSets:
+    sets = top_p_candidates(logits_SV, top_p=0.95, always_include=[STOP])
     assert sets.logprobs_M is not None
     return RecordedSets(
         ids_M=sets.ids_M.numpy().astype(np.int32),
@@ -65,12 +68,15 @@ def _rollout(row: int, generator: torch.Generator) -> Rollout:
     cut = row % 3 == 0
     if not cut:
         response[-1] = STOP
+    logits_SV = 3 * torch.randn(len(response) + cut, VOCAB, generator=generator)
+    logprobs_SV = torch.log_softmax(logits_SV, dim=1).numpy()
     return Rollout(
         row_id=f"prompt-{row}:0",
         prompt_ids=prompt,
         response_ids=response,
         finish_reason="length" if cut else "stop",
-        sets=_recorded(len(response) + cut, generator),
+        logprobs_T=logprobs_SV[np.arange(len(response)), response],
+        sets=_recorded(logits_SV),
     )
 
 
@@ -93,6 +99,18 @@ def _save_broken_model(source: Path, folder: Path) -> Path:
     return folder
 
 
+def _write_online(folder: Path, manifest: StoreManifest) -> None:
+    """A store as an online run leaves it: two steps, of which every other row is the student's."""
+    own, num_rows = torch.Generator().manual_seed(7), 2 * BATCH
+    changes = {"online": True, "total_rows": num_rows, "num_prompts": num_rows, "sampling": {"rollout": "mixed"}}
+    with StoreWriter(folder, manifest.model_copy(update=changes), rows_per_shard=BATCH) as writer:
+        for row in range(num_rows):
+            rollout, step = _rollout(row, own), row // BATCH + 1
+            behaviour_T = -torch.rand(len(rollout.response_ids), generator=own).numpy()
+            origin = Origin(step, "student", step - 1, behaviour_T) if row % 2 else Origin(step, "teacher")
+            writer.append([replace(rollout, origin=origin)])
+
+
 def write_material(folder: Path) -> Material:
     """A store, pre-training blocks and models, the same in every process."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +120,11 @@ def write_material(folder: Path) -> Material:
     )
     with StoreWriter(folder / "store", manifest, rows_per_shard=4) as writer:
         writer.append([_rollout(row, generator) for row in range(NUM_ROWS)])
+    _write_online(folder / "online", manifest)
+    gold = StoreManifest(kind="gold", num_prompts=NUM_VALIDATION)
+    with StoreWriter(folder / "validation", gold) as writer:
+        own = torch.Generator().manual_seed(6)
+        writer.append([replace(_rollout(row, own), logprobs_T=None, sets=None) for row in range(NUM_VALIDATION)])
     np.save(folder / "pretrain.npy", torch.randint(0, VOCAB, (7, 12), generator=generator).numpy().astype(np.int32))
     sizes = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": STOP}
     qwen2 = Qwen2Config(
@@ -117,6 +140,8 @@ def write_material(folder: Path) -> Material:
     return Material(
         folder=folder,
         store=folder / "store",
+        online=folder / "online",
+        validation=folder / "validation",
         pretrain=folder / "pretrain.npy",
         qwen2=qwen2_folder,
         gpt2=save_model(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **sizes), folder / "gpt2"),
@@ -148,7 +173,7 @@ def start(ranks: RayActorGroup, config: Config, material: Material) -> None:
         ranks.async_init_model_from_pretrained(
             make_strategy(config),
             config,
-            stores=RowStores(str(material.store)),
+            stores=RowStores(str(material.store), validation=str(material.validation)),
             pretrain_path=str(material.pretrain),
             max_steps=STEPS,
             stop_ids=[STOP],
@@ -195,15 +220,19 @@ class PlainTraining:
         self._rows = RowOrder(len(self._reader), train.batch_size, train.seed)
         self._order = BlockOrder(len(self._blocks), train.pretrain_batch_size or train.batch_size, train.seed)
         self._target = copy.deepcopy(self.model) if self._options.next_value_gradient == "target" else None
-        self._teacher = load(config.teacher.model_name_or_path) if self._options.kd_ratio else None
-        self._algorithm = resolve_algorithm(self._options.name)(self._options, [STOP], self._shift())
+        algorithm = resolve_algorithm(self._options.name)
+        self._needs = algorithm.needs_of(self._options)
+        self._algorithm = algorithm(self._options, [STOP], self._shift())
+        needs_teacher = self._options.kd_ratio > 0 or self._needs.live_teacher
+        self._teacher = load(config.teacher.model_name_or_path).eval() if needs_teacher else None
         adam = config.actor.adam
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=0.0
         )
 
     def _batch(self, step: int) -> MicroBatch:
-        return collate(self._reader.rollouts(self._rows.rows(step)), layout="padded", with_sets=True)
+        rollouts = self._reader.rollouts(self._rows.rows(step))
+        return collate(rollouts, layout="padded", with_sets=self._needs.candidate_sets)
 
     def _text(self, step: int) -> MicroBatch:
         blocks = {str(block): self._blocks[block] for block in self._order.blocks(step)}
@@ -224,14 +253,20 @@ class PlainTraining:
             num_rows=float(len(batch.names)),
             step=step,
             target_head=None if self._target is None else dense_head(self._target, batch),
+            teacher_head=None if self._teacher is None else self._teacher_head(batch),
         )
         return self._algorithm.loss(dense_head(self.model, batch), batch.sets, batch.trajectories, context).loss
+
+    @torch.no_grad()
+    def _teacher_head(self, batch: MicroBatch) -> DenseHead:
+        assert self._teacher is not None
+        return DenseHead(dense_head(self._teacher, batch).logits_SV[:, :VOCAB])
 
     def _text_loss(self, step: int) -> Tensor:
         text = self._text(step)
         log_student_PV = torch.log_softmax(dense_head(self.model, text).logits_SV, dim=1)
         cross_entropy = -log_student_PV.gather(1, text.target_P[:, None]).mean()
-        if self._teacher is None:
+        if self._teacher is None or self._options.kd_ratio == 0:
             return cross_entropy
         with torch.no_grad():
             log_teacher_PV = torch.log_softmax(dense_head(self._teacher, text).logits_SV[:, :VOCAB], dim=1)

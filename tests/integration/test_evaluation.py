@@ -22,9 +22,10 @@ from openrlhf_bd.demo.corpus import generate_split, is_correct
 from openrlhf_bd.engines.actor import GenerationEngine
 from openrlhf_bd.engines.arguments import RecordOptions, engine_arguments, engine_environment
 from openrlhf_bd.errors import ClusterError, ConfigError, DataError
-from openrlhf_bd.evaluation.evaluate import decode_responses, evaluate_model, num_units, validate
+from openrlhf_bd.evaluation.evaluate import evaluate_model, evaluate_test_sets, num_units, validate
 from openrlhf_bd.evaluation.results import Evaluation
 from openrlhf_bd.evaluation.sampling import make_requests, run_batches, sample_responses
+from openrlhf_bd.evaluation.scored import TestData, decode_responses
 from openrlhf_bd.records import Prompt
 from openrlhf_bd.teacher.engine import TeacherEngine
 
@@ -154,6 +155,38 @@ def test_validation_is_the_first_seed_of_the_evaluation(
     assert whole.teacher_nll is None
 
 
+def test_test_sets_sampled_together_get_the_responses_that_each_gets_alone(
+    engines: Engines, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+):
+    """What a prompt is answered does not depend on the test sets, nuclei and seeds that are sampled beside it."""
+    config = config_with(seeds=[10, 20], max_new_tokens=24)
+    parts = {"one": prompts[:15], "other": prompts[15:]}
+    tests = {name: TestData(part, config) for name, part in parts.items()}
+    progress: list[int] = []
+    together = evaluate_test_sets(
+        [engines.student],
+        tests,
+        top_ps=[1.0, 0.8],
+        config=config,
+        tokenizer=tokenizer,
+        on_progress=progress.append,
+    )
+    assert list(together) == ["one", "other", "one, top-p 0.8", "other, top-p 0.8"]
+    assert sum(progress) == num_units(NUM_PROMPTS, config=config, teacher=False, top_ps=[1.0, 0.8])
+    same = []
+    for name, part in parts.items():
+        alone = evaluate_model(
+            [engines.student], part, dataset_name=name, config=config, tokenizer=tokenizer, top_p=0.8
+        )
+        pairs = zip(alone.responses, together[f"{name}, top-p 0.8"].responses, strict=True)
+        same += [one.response == other.response for one, other in pairs]
+    # All but those where the last bits of batched arithmetic let another token be drawn.
+    assert sum(same) >= 0.9 * len(same) == 0.9 * 48
+    # Each nucleus draws its own responses.
+    both = zip(together["one"].responses, together["one, top-p 0.8"].responses, strict=True)
+    assert any(one.response != other.response for one, other in both)
+
+
 def test_teacher_nll_agrees_with_transformers(
     engines: Engines, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
 ):
@@ -241,6 +274,16 @@ def workers(cluster: None) -> Iterator[list[Any]]:
 
 def submit(actor: Any, items: Sequence[int]) -> Any:
     return actor.double.remote(list(items))
+
+
+def test_an_actor_may_have_its_next_batch_waiting(workers: list[Any]):
+    """With two batches at a time results keep their order, each item is done once, and no actor idles."""
+    items = list(range(50))
+    found = run_batches(workers, items, submit, timeout_s=60.0, what="numbers", batch_size=4, at_once=2)
+    assert found == [2 * item for item in items]
+    counts = ray.get([worker.count.remote() for worker in workers])
+    assert sum(counts) == 13
+    assert min(counts) >= 2
 
 
 def test_results_keep_their_order_and_every_actor_works(workers: list[Any]):

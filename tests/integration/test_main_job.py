@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from ray_cluster import local_ray_head
-from tiny_job import job_flags, run_job, write_inputs
+from timelines import check_timeline
+from tiny_job import job_environment, job_flags, run_job, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_bd.evaluation.results import Evaluation
 from openrlhf_bd.store import StoreReader, verify_store
 
 pytestmark = pytest.mark.integration
+
+WANDB_KEY = "0123456789" * 3 + "thesecret0"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +29,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished_run(inputs: Path) -> Path:
+    """Logged by Weights & Biases too, which has no network."""
     run = inputs / "run"
-    done = run_job(*job_flags(inputs, run))
+    (inputs / "wandb").mkdir()
+    environment = job_environment() | {"WANDB_MODE": "offline", "WANDB_DIR": str(inputs / "wandb")}
+    done = run_job(*job_flags(inputs, run, logger__wandb__key=WANDB_KEY), environment=environment)
     assert done.returncode == 0, done.stdout
+    assert WANDB_KEY not in done.stdout
     return run
 
 
@@ -75,6 +82,40 @@ def test_evaluation_covers_seeds_and_measures(finished_run: Path) -> None:
     assert len(scores.rouge_l) == 2
     assert scores.accuracy is not None
     assert (finished_run / "report.html").stat().st_size > 10_000
+
+
+def test_who_worked_and_what_it_took(finished_run: Path) -> None:
+    """Spans of teacher, student's engine, ranks and driver in the run's time; each stage's GPUs and seconds."""
+    timeline = check_timeline(finished_run, {"teacher engine 0", "student engine 0", "student ranks", "driver"})
+    [rows] = timeline.of("driver", "generate")
+    [generated] = timeline.of("teacher engine 0", "generate")[:1]
+    assert rows.start_s <= generated.start_s <= rows.end_s
+    assert [span.step for span in timeline.of("driver", "validate")] == [2, 4]
+    [evaluation] = timeline.of("driver", "evaluate")
+    assert evaluation.start_s > timeline.of("student ranks", "train")[-1].end_s
+    stages = json.loads((finished_run / "run.json").read_text(encoding="utf-8"))["stages"]
+    # One teacher's engine; two ranks and an engine that validates; one engine.
+    assert {name: record["gpus"] for name, record in stages.items() if "gpus" in record} == {
+        "rows": 1,
+        "training": 3,
+        "evaluation": 1,
+    }
+    assert all(stages[name]["seconds"] > 0 for name in ("rows", "training", "evaluation"))
+
+
+def test_scores_are_logged_and_the_key_nowhere(inputs: Path, finished_run: Path) -> None:
+    """TensorBoard and Weights & Biases have OpenRLHF's names and the final scores; no file has the key."""
+    logs = [list((finished_run / "tensorboard").rglob("events*")), list((inputs / "wandb").rglob("offline-*/*.wandb"))]
+    for files in logs:
+        # Training, and the evaluation after it.
+        assert len(files) == 2
+        content = b"".join(path.read_bytes() for path in files)
+        for name in (b"train/policy_loss", b"train/actor_lr", b"eval/rouge_l", b"eval/test/test/rouge_l"):
+            assert name in content
+    assert len({path.name for path in logs[1]}) == 1, "one run in Weights & Biases"
+    for path in inputs.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            assert WANDB_KEY.encode() not in path.read_bytes(), path
 
 
 def test_same_command_again_reuses_everything(inputs: Path, finished_run: Path) -> None:

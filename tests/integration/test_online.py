@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from timelines import check_timeline
 from tiny_job import job_flags, run_job, write_inputs
 from transformers import AutoModelForCausalLM
 
+from openrlhf_bd.evaluation.utilisation import utilisation
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store import StoreReader
 
@@ -91,6 +93,29 @@ def test_no_row_is_staler_than_allowed(mixed_run: Path) -> None:
         assert {"train/time_rollout_wait_s", "train/time_back_pressure_s", "train/time_scoring_s"} <= record.keys()
         # Nobody samples after the last step.
         assert ("train/sync_s" in record) == (record["step"] < STEPS)
+
+
+def test_who_worked_while_the_student_trained(mixed_run: Path) -> None:
+    """Both engines work beside the ranks; weights reach the engine within the driver's own time for it."""
+    timeline = check_timeline(mixed_run, {"teacher engine 0", "student engine 0", "student ranks", "driver"})
+    assert {span.activity for span in timeline.of("teacher engine 0")} == {"start", "generate", "score"}
+    assert {span.activity for span in timeline.of("student engine 0")} == {"start", "generate", "sync"}
+    synced = {span.step: span for span in timeline.of("driver", "sync") if span.step is not None}
+    records = {int(record["step"]): record for record in training_records(mixed_run)}
+    assert list(synced) == [step for step in records if "train/sync_s" in records[step]]
+    for step, span in synced.items():
+        assert span.end_s - span.start_s >= records[step]["train/sync_s"] - 0.001
+        for lane in ("student engine 0", "student ranks"):
+            [own] = [s for s in timeline.of(lane, "sync") if span.start_s <= s.start_s < span.end_s]
+            assert own.end_s <= span.end_s + 0.001
+    waited = [span.end_s - span.start_s for span in timeline.of("driver", "wait")]
+    recorded = [record["train/time_rollout_wait_s"] for record in records.values()]
+    assert waited == pytest.approx(recorded, abs=0.01)
+    [phase] = utilisation(timeline)
+    for use in phase.lanes:
+        assert use.working_s > 0
+        assert use.total_s == pytest.approx(phase.seconds)
+        assert sum(use.waited_for.values()) == pytest.approx(use.waiting_s)
 
 
 def response_logprobs(folder: Path, row: Rollout) -> NDArray[np.float32]:

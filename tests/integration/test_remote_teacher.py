@@ -21,11 +21,11 @@ from tiny_job import run_job
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from openrlhf_bd.demo.tokenizer import save_tokenizer, train_tokenizer
+from openrlhf_bd.endpoint import ApiOptions
 from openrlhf_bd.engines.arguments import RecordOptions
 from openrlhf_bd.errors import ClusterError, ConfigError, DataError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreReader, incomplete_share
-from openrlhf_bd.teacher.api import ApiOptions
 from openrlhf_bd.teacher.remote import RemoteOptions, RemoteTeacher
 from openrlhf_bd.teacher.requests import RolloutRequest
 

@@ -85,6 +85,18 @@ def test_live_teacher(layout: str, teacher: Path, two_ranks: RayActorGroup, mate
     assert all(metrics["ptx_kl"] > 0 for metrics in found)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kd_over_the_whole_vocabulary(layout: str, teacher: Path, two_ranks: RayActorGroup, material: Material) -> None:
+    """kd_support full learns from the ranks' own teacher at every state of the rows, beside kd_ratio on the text."""
+    distill = {"name": "kd", "kd_support": "full", "kd_ratio": 0.6}
+    options = {"algo": {"distill": distill}, "teacher": {"model_name_or_path": str(teacher)}}
+    config = job(material, "full", **both(LAYOUTS[layout], options))
+    start(two_ranks, config, material)
+    found = train(two_ranks)
+    assert_same_training(found, plain_loop(config, material)[0])
+    assert all(metrics["forward_kl"] == pytest.approx(metrics["policy_loss"], rel=1e-6) for metrics in found)
+
+
 TARGET = {"algo": {"distill": {"next_value_gradient": "target", "target_decay": 0.9, "alpha": 2.0}}}
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from openrlhf_bd.records import Prompt, RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreReader, StoreWriter
 from openrlhf_bd.teacher.engine import TeacherEngine
 from openrlhf_bd.teacher.generate import generate_teacher_data
-from openrlhf_bd.teacher.requests import RolloutRequest
+from openrlhf_bd.teacher.requests import RolloutRequest, ScoringRequest
+from openrlhf_bd.teacher.work import Sampling, Scoring
 
 pytestmark = pytest.mark.integration
 # Actors cannot import this module.
@@ -620,6 +621,10 @@ def job_prompts() -> list[Prompt]:
     return [Prompt(f"q{index}", request.prompt_ids, {}) for index, request in enumerate(requests(NUM_PROMPTS, seed=7))]
 
 
+def job_work() -> Sampling:
+    return Sampling(job_prompts(), job_config())
+
+
 def job_writer(path: Path) -> StoreWriter:
     manifest = StoreManifest(
         kind="teacher",
@@ -640,7 +645,8 @@ def test_job_fills_a_store_and_resumes_where_it_was_interrupted(
     teacher: Teacher, models: Models, tmp_path: Path
 ) -> None:
     """A job interrupted after two batches goes on with the missing rows; a further run generates nothing."""
-    prompts, config, path = job_prompts(), job_config(), tmp_path / "store"
+    prompts, work, path = job_prompts(), job_work(), tmp_path / "store"
+    config = job_config()
     committed: list[int] = []
 
     def stop_after_two(num_rows: int, note: str) -> None:
@@ -649,13 +655,13 @@ def test_job_fills_a_store_and_resumes_where_it_was_interrupted(
             raise Interruption
 
     with pytest.raises(Interruption), job_writer(path) as writer:
-        generate_teacher_data(prompts, [teacher.actor], writer, config=config, on_progress=stop_after_two)
+        generate_teacher_data(work, [teacher.actor], writer, config=config, on_progress=stop_after_two)
     with job_writer(path) as writer:
         assert len(writer.completed_row_ids()) == sum(committed) < NUM_PROMPTS * NUM_SAMPLES
-        resumed = generate_teacher_data(prompts, [teacher.actor], writer, config=config)
+        resumed = generate_teacher_data(work, [teacher.actor], writer, config=config)
     assert (resumed.resumed_rows, resumed.rows) == (sum(committed), NUM_PROMPTS * NUM_SAMPLES - sum(committed))
     with job_writer(path) as writer:
-        again = generate_teacher_data(prompts, [teacher.actor], writer, config=config)
+        again = generate_teacher_data(work, [teacher.actor], writer, config=config)
     assert (again.rows, again.response_tokens) == (0, 0)
     reader = StoreReader(path)
     assert set(reader.row_ids) == {
@@ -670,17 +676,58 @@ def test_job_fills_a_store_and_resumes_where_it_was_interrupted(
         assert row.sets.num_states == len(row.response_ids) + (row.finish_reason == "length")
 
 
+def test_scoring_job_resumes_where_it_was_interrupted(teacher: Teacher, models: Models, tmp_path: Path) -> None:
+    """Responses that are there: each is scored exactly once over two runs, with exact sets, cut ones too."""
+    rng = np.random.default_rng(12)
+    rows = [
+        Rollout(
+            request.row_id,
+            request.prompt_ids,
+            np.append(rng.integers(10, V, size=rng.integers(1, 20)), STOP_IDS[0]).astype(np.int32),
+            "stop",
+        )
+        for request in requests(NUM_PROMPTS, seed=12)
+    ]
+    rows[3] = replace(rows[3], response_ids=rows[3].response_ids[:-1], finish_reason="length")
+    work, config = Scoring([ScoringRequest(row) for row in rows]), job_config()
+    manifest = StoreManifest(
+        kind="gold", top_p=TOP_P, always_include=tuple(STOP_IDS), has_logprobs=True, num_prompts=NUM_PROMPTS
+    )
+    committed: list[int] = []
+
+    def stop_after_one(num_rows: int, note: str) -> None:
+        committed.append(num_rows)
+        raise Interruption
+
+    with pytest.raises(Interruption), StoreWriter(tmp_path / "store", manifest) as writer:
+        generate_teacher_data(work, [teacher.actor], writer, config=config, on_progress=stop_after_one)
+    with StoreWriter(tmp_path / "store", manifest) as writer:
+        stats = generate_teacher_data(work, [teacher.actor], writer, config=config)
+    assert (stats.resumed_rows, stats.rows) == (committed[0], NUM_PROMPTS - committed[0])
+    reader = StoreReader(tmp_path / "store")
+    found = {row.row_id: row for row in reader.rollouts(range(len(reader)))}
+    assert found.keys() == {row.row_id for row in rows}
+    for row in rows:
+        np.testing.assert_array_equal(found[row.row_id].response_ids, row.response_ids)
+    # What float16 rounds in the store is compared where it was recorded.
+    counts = compare(get(teacher.actor.score.remote(rows)), Reference(models.teacher))
+    assert counts.mismatches == 0
+    cut = found[rows[3].row_id].sets
+    assert cut is not None
+    assert cut.num_states == len(rows[3].response_ids) + 1
+
+
 def test_batch_of_an_engine_that_died_goes_to_the_others(teacher: Teacher, tmp_path: Path) -> None:
     """With one dead engine the job still makes every row; with none left it says so."""
     dead = teacher_actor({**teacher.arguments, "llm": {**teacher.arguments["llm"], "model": str(tmp_path / "none")}})
     with job_writer(tmp_path / "store") as writer:
-        stats = generate_teacher_data(job_prompts(), [dead, teacher.actor], writer, config=job_config())
+        stats = generate_teacher_data(job_work(), [dead, teacher.actor], writer, config=job_config())
     assert stats.rows == NUM_PROMPTS * NUM_SAMPLES
     with (
         pytest.raises(ClusterError, match="no teacher engine is left"),
         job_writer(tmp_path / "other") as w,
     ):
-        generate_teacher_data(job_prompts(), [dead], w, config=job_config())
+        generate_teacher_data(job_work(), [dead], w, config=job_config())
 
 
 def test_engine_that_does_not_answer_is_lost(
@@ -688,6 +735,6 @@ def test_engine_that_does_not_answer_is_lost(
 ) -> None:
     """A batch that takes longer than cluster.generate_timeout_s loses its engine; the log names the rows."""
     with pytest.raises(ClusterError, match="no teacher engine is left"), job_writer(tmp_path / "store") as writer:
-        generate_teacher_data(job_prompts(), [teacher.actor], writer, config=job_config(timeout_s=0.001))
+        generate_teacher_data(job_work(), [teacher.actor], writer, config=job_config(timeout_s=0.001))
     assert "while generating rows q0:0 to" in caplog.text
     assert "did not answer in time" in caplog.text

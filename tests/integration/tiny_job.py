@@ -66,6 +66,7 @@ def run_job(
     *arguments: str,
     module: str = "openrlhf_bd.cli.train_bd_ray",
     environment: dict[str, str] | None = None,
+    timeout_s: float = JOB_TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """The real command line in a process of its own. Its output, stderr included, is in `stdout`.
 
@@ -73,6 +74,7 @@ def run_job(
         arguments: of the command.
         module: run by `python -m`.
         environment: of the process; None: that of `job_environment`.
+        timeout_s: longest run.
     """
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -80,6 +82,6 @@ def run_job(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=JOB_TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[2] / "openrlhf_bd"
 # A room may import its own ring and those before it.
 RINGS = (
     {"errors", "config", "records", "paths", "functional", "theory"},
-    {"algorithms", "data", "store", "engines", "upstream"},
+    {"algorithms", "data", "store", "engines", "endpoint", "upstream"},
     {"teacher", "student", "rollout", "evaluation"},
     {"driver"},
-    {"cli", "demo"},
+    {"cli", "demo", "experiments"},
 )
 RING_OF = {room: number for number, ring in enumerate(RINGS) for room in ring}
 
@@ -25,7 +25,7 @@ STACKS = {
     "openrlhf": {"upstream"},
     "deepspeed": {"upstream", "student"},
     "vllm": {"engines", "teacher"},
-    "ray": {"teacher", "student", "rollout", "evaluation", "driver", "cli"},
+    "ray": {"teacher", "student", "rollout", "evaluation", "driver", "cli", "experiments"},
 }
 
 

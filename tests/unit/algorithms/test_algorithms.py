@@ -11,8 +11,9 @@ from openrlhf_bd.algorithms.registry import BUILT_IN
 from openrlhf_bd.config import OBJECTIVE_OPTIONS, PRESETS, DistillConfig
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.functional.bellman import bellman_loss
-from openrlhf_bd.functional.candidates import CandidateSets
+from openrlhf_bd.functional.candidates import CandidateSets, top_p_candidates
 from openrlhf_bd.functional.head import DenseHead
+from openrlhf_bd.functional.sparse_head import SparseHead
 from openrlhf_bd.functional.trajectories import Trajectories
 from openrlhf_bd.records import Rollout
 
@@ -132,6 +133,118 @@ def test_distributions_need_a_mask(name: str) -> None:
     assert "linear_term" not in str(caught.value)
 
 
+class TestKdVariants:
+    """Word-level distillation on the data set's own responses, and over the whole vocabulary."""
+
+    def test_needs(self) -> None:
+        """Gold responses are scored for sets; the whole vocabulary needs the teacher itself, and no store of sets."""
+        sets = Needs("gold", candidate_sets=True, candidate_logprobs=True)
+        found = {
+            (responses, support): resolve_algorithm("kd").needs_of(
+                DistillConfig(name="kd", responses=responses, kd_support=support)
+            )
+            for responses in ("teacher", "gold")
+            for support in ("sets", "full")
+        }
+        assert found["gold", "sets"] == sets
+        assert found["gold", "full"] == Needs("gold", live_teacher=True)
+        assert found["teacher", "full"] == Needs("teacher", live_teacher=True, student_rollouts="optional")
+        assert [needs.rows_by_teacher for needs in found.values()] == [True, True, True, False]
+
+    @pytest.mark.parametrize(
+        ("values", "flag"),
+        [
+            ({"responses": "gold", "top_p": 0.5}, "top_p 0.5"),
+            ({"responses": "gold", "include_eos": False}, "include_eos false"),
+            ({"tail_tolerance": 0.1}, "tail_tolerance 0.1"),
+        ],
+    )
+    def test_options_of_the_sets_are_refused_without_sets(self, values: dict[str, object], flag: str) -> None:
+        """Over the whole vocabulary what concerns sets is refused; with the teacher's rows they are still recorded."""
+        options = DistillConfig.model_validate({"name": "kd", "kd_support": "full", **values})
+        with pytest.raises(ConfigError, match=rf"kd with --algo.distill.kd_support full does not read .*{flag}"):
+            resolve_algorithm("kd").needs_of(options)
+        recorded = DistillConfig(name="kd", kd_support="full", top_p=1.0)
+        assert not resolve_algorithm("kd").needs_of(recorded).candidate_sets
+
+    @pytest.mark.parametrize("head", ["dense", "sparse"])
+    @pytest.mark.parametrize("reduction", ["token", "sequence"])
+    def test_full_is_the_kl_of_the_whole_distributions(self, head: str, reduction: str) -> None:
+        """Value and gradient in float64, against softmaxes written out: tau, counts, a state without action."""
+        generator = torch.Generator().manual_seed(1)
+        student_SH, teacher_SH = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+        student_VH, teacher_VH = 2 * torch.randn(2, 300, 4, generator=generator, dtype=torch.float64)
+        # Rows of two tokens and of three, of which the last state has no action.
+        rows = Trajectories(
+            torch.tensor([3, 1, 4, 7, -1]),
+            torch.tensor([1, -1, 3, 4, -1]),
+            torch.tensor([False, True, False, False, False]),
+            torch.tensor([0, 0, 1, 1, 1]),
+        )
+        share_S = torch.tensor([1, 1, 1, 1, 0], dtype=torch.float64) / (7 if reduction == "token" else 2 * 3)
+        tau, losses, gradients = 1.5, [], []
+        for exact in (True, False):
+            hidden_SH, weight_VH = student_SH.clone().requires_grad_(), student_VH.clone().requires_grad_()
+            if exact:
+                student = torch.softmax(hidden_SH @ weight_VH.T / tau, dim=1)
+                teacher = torch.softmax(teacher_SH @ teacher_VH.T, dim=1)
+                loss = (share_S * (teacher * (teacher.log() - student.log())).sum(dim=1)).sum()
+            else:
+                options = DistillConfig.model_validate(
+                    {"name": "kd", "kd_support": "full", "tau": tau, "reduction": reduction}
+                )
+                heads = [
+                    DenseHead(z_SH @ z_VH.T) if head == "dense" else SparseHead(z_SH, z_VH)
+                    for z_SH, z_VH in ((hidden_SH, weight_VH), (teacher_SH, teacher_VH))
+                ]
+                context = StepContext(7, 3, teacher_head=heads[1])
+                output = resolve_algorithm("kd")(options, [1]).loss(heads[0], None, rows, context)
+                loss = output.loss
+                assert {"forward_kl", "nll", "entropy", "stop_prob"} <= output.metrics.keys()
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append((hidden_SH.grad, weight_VH.grad))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+        for found, expected in zip(gradients[1], gradients[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+    def test_sets_approach_it_as_p_grows(self) -> None:
+        """Less the teacher's entropy the loss over sets is a lower bound that rises to the full KL; so do gradients."""
+        generator = torch.Generator().manual_seed(2)
+        student_SV, teacher_SV = 2 * torch.randn(2, 3, 200, generator=generator, dtype=torch.float64)
+
+        def computed(values: dict[str, object], sets: CandidateSets | None) -> tuple[float, torch.Tensor]:
+            z_SV = student_SV.clone().requires_grad_()
+            algorithm = resolve_algorithm("kd")(DistillConfig.model_validate({"name": "kd", **values}), [0])
+            context = StepContext(3, 2, teacher_head=DenseHead(teacher_SV))
+            loss = algorithm.loss(DenseHead(z_SV), sets, trajectories(), context).loss
+            loss.backward()
+            assert z_SV.grad is not None
+            return float(loss), z_SV.grad
+
+        full, gradient_SV = computed({"kd_support": "full"}, None)
+        gaps, distances = [], []
+        for top_p in (0.5, 0.9, 0.99, 0.99999):
+            sets = top_p_candidates(teacher_SV, top_p=top_p)
+            assert sets.logprobs_M is not None
+            log_inside_M, outside_S = sets.logprobs_M, -torch.expm1(-sets.neg_log_mass_S)
+            entropy = -(log_inside_M.exp() * log_inside_M).sum() - torch.special.xlogy(outside_S, outside_S).sum()
+            loss, found_SV = computed({"top_p": top_p}, sets)
+            gaps.append(full - (loss - float(entropy) / 3))
+            distances.append(float((found_SV - gradient_SV).norm() / gradient_SV.norm()))
+        assert gaps == sorted(gaps, reverse=True)
+        assert distances == sorted(distances, reverse=True)
+        assert gaps[-1] == pytest.approx(0, abs=1e-4)
+        assert gaps[-1] > -1e-9
+        assert distances[-1] < 1e-3
+
+    def test_teacher_is_missing(self) -> None:
+        """Without the teacher's logits the loss says what is missing."""
+        algorithm = resolve_algorithm("kd")(DistillConfig(name="kd", kd_support="full"), [0])
+        with pytest.raises(ValueError, match="no logits of the teacher"):
+            algorithm.loss(DenseHead(LOGITS), None, trajectories(), StepContext(3, 2))
+
+
 def test_needs() -> None:
     """What a run prepares: gold or teacher rollouts, sets, log-probabilities, the constant."""
     needs = {name: resolve_algorithm(name).needs_of(DistillConfig(name=name)) for name in BUILT_IN}
@@ -181,7 +294,7 @@ OTHER_VALUES = {
     "reduction": "sequence", "tail_coef": 0.5, "tail_estimator": "sampled", "tail_samples": 5, "tail_tolerance": 0.1,
     "student_target": "reverse", "student_tail": False, "student_td": False, "student_out_of_set": "penalise",
     "jsd_beta": 0.1, "divergence_support": "set", "importance": "sequence", "importance_clip": 3.0,
-    "length_normalisation": False,
+    "length_normalisation": False, "responses": "gold", "kd_support": "full",
 }  # fmt: skip
 
 

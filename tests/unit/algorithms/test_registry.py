@@ -1,4 +1,5 @@
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,3 +142,10 @@ def test_registered_name(plugin: Path) -> None:
         register_algorithm("plain")(resolve_algorithm("bd"))
     with pytest.raises(ConfigError, match='"bd" belongs to openrlhf_bd'):
         register_algorithm("bd")(Plain)
+
+
+def test_package_offers_what_is_built_in() -> None:
+    """The entry points that other programs find are the built-in algorithms, all of them, under the same names."""
+    pyproject = Path(registry.__file__).parents[2] / "pyproject.toml"
+    offered = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert offered[registry.ENTRY_POINT_GROUP] == registry.BUILT_IN

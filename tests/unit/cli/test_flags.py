@@ -11,7 +11,11 @@ from openrlhf_bd.cli.options import all_options, describe_type, nearest
 from openrlhf_bd.config import Config
 from openrlhf_bd.errors import ConfigError, StoreError
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[3] / "configs"
+# Experiment files and scales have a form of their own; their pieces are option files.
+CONFIGS = sorted(
+    path for path in FOLDER.rglob("*.yaml") if FOLDER / "paper" not in path.parents or path.parent.name == "pieces"
+)
 
 
 def parse(*argv):

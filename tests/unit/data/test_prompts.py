@@ -9,7 +9,6 @@ from openrlhf_bd.data.prompts import (
     gold_rollouts,
     load_evaluation_prompts,
     load_prompts,
-    parse_test_datasets,
 )
 from openrlhf_bd.data.templates import format_prompt
 from openrlhf_bd.errors import ConfigError, DataError
@@ -235,6 +234,15 @@ def test_gold_rollouts(write, tokenizer):
     assert rollouts[0].sets is None
 
 
+def test_first_of_several_references(write, tokenizer):
+    """Of several references, which validation and test sets may have, the first one is the response."""
+    path = write([{**RECORDS[0], "output": ["6", "six"]}])
+    config = config_of()
+    table = load_evaluation_prompts(config, tokenizer, spec=str(path), purpose="validation")
+    (rollout,) = gold_rollouts(table, tokenizer, "output", 2048)
+    assert rollout.response_ids.tolist() == [*tokenizer("6").input_ids, 0]
+
+
 def test_gold_rollouts_are_cut(write, tokenizer):
     """A response over data.max_len is cut and has no end of sequence; one that just fits has it."""
     table = load(config_of(context_key=None), tokenizer, write(RECORDS[2:]))
@@ -253,19 +261,3 @@ def test_special_tokens_in_a_reference_stay_text(write, tokenizer):
     (rollout,) = gold_rollouts(table, tokenizer, "output", 2048)
     assert np.flatnonzero(rollout.response_ids == 0).tolist() == [len(rollout.response_ids) - 1]
     assert tokenizer.decode(rollout.response_ids[:-1]) == "a<|endoftext|>b"
-
-
-def test_names_of_test_sets():
-    """Test sets have the name that they are given, or their file's."""
-    assert parse_test_datasets("a=x/y.jsonl, z/b.jsonl,c=org/name") == {
-        "a": "x/y.jsonl",
-        "b": "z/b.jsonl",
-        "c": "org/name",
-    }
-
-
-@pytest.mark.parametrize("spec", ["", "a=x,,b=y", "a=", "=x", "a=x,a=y"])
-def test_bad_names_of_test_sets(spec):
-    """Empty entries and repeated names are refused."""
-    with pytest.raises(ConfigError, match=r"--eval\.test_datasets"):
-        parse_test_datasets(spec)

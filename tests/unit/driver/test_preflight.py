@@ -9,14 +9,17 @@ import torch
 from rich.console import Console
 
 import openrlhf_bd.demo
+from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.cli.flags import main_guard, parse_config
 from openrlhf_bd.cli.main import main
+from openrlhf_bd.driver.comparison import check_comparison
 from openrlhf_bd.driver.engine_limits import check_head_sizes
 from openrlhf_bd.driver.preflight import preflight
-from openrlhf_bd.driver.rank_memory import rank_bytes
+from openrlhf_bd.driver.rank_memory import held_teacher_bytes, rank_bytes
 from openrlhf_bd.driver.resources import check_cluster
 from openrlhf_bd.driver.teachers import tokenizer_differences
-from openrlhf_bd.errors import ConfigError, ResourceError
+from openrlhf_bd.errors import ConfigError, DataError, ResourceError
+from openrlhf_bd.paths import format_bytes
 
 TOKENIZER = Path(openrlhf_bd.demo.__file__).parent / "teacher"
 RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
@@ -70,6 +73,13 @@ BASE = [
 ]
 
 
+# Word-level distillation over the whole vocabulary, on the data set's own responses.
+FULL_KD = [
+    *("--algo.distill.name", "kd", "--algo.distill.responses", "gold", "--algo.distill.kd_support", "full"),
+    *("--eval.test_datasets", "none"),
+]
+
+
 def config_of(*argv):
     return parse_config([*BASE, *argv], prog="openrlhf-bd train", description="Train.")[0]
 
@@ -90,8 +100,8 @@ def test_plan(room):
     assert (generate.name, generate.rows, generate.tokens, generate.steps) == ("generate", 40, 4000, None)
     # 40 rows in batches of 8 are 5 steps an epoch.
     assert (train.name, train.rows, train.tokens, train.steps) == ("train", 40, 12000, 15)
-    # 20 prompts, 5 seeds.
-    assert (evaluate.name, evaluate.rows, evaluate.tokens) == ("evaluate", 100, 10000)
+    # 20 prompts, 5 seeds, 2 samplers.
+    assert (evaluate.name, evaluate.rows, evaluate.tokens) == ("evaluate", 200, 20000)
     # 1 teacher engine; 2 ranks and 1 engine that validates; 1 engine.
     assert [stage.num_gpus for stage in plan.stages] == [1, 3, 1]
     assert plan.num_gpus == 3
@@ -116,6 +126,28 @@ def test_plan_can_be_printed(room):
     assert "plan --measure measures it" in text
     assert "warning: nothing holds the logits outside the candidate sets" in text
     assert "warning: --train.batch_size 8 is more than the 4 rows" in text
+
+
+def test_memory_in_the_plan(room, monkeypatch):
+    """The plan has each actor's GPU memory by part; on a machine without GPUs it says that it was left out."""
+
+    def lines():
+        console = Console(file=io.StringIO(), width=160)
+        console.print(preflight(config_of()))
+        return [line.strip() for line in console.file.getvalue().splitlines() if line.startswith("GPU memory")]
+
+    assert lines() == ["GPU memory: not checked, there is no GPU here: their number is only a number"]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    rank, teacher, student = lines()
+    # 50,400 numbers in fp32 on 2 ranks with ZeRO-2: 4, 4 / 2 and 8 / 2 bytes each. Activations: 1 row of 100 tokens, 1
+    # layer of 4 * 32 + 2 * 64 + 2 * 32 + 4 * 32 = 448 numbers.
+    parts = "weights 202 kB, gradients 101 kB, optimizer 202 kB, activations of 100 tokens about 179 kB"
+    assert rank == f"GPU memory: student rank 683 kB: {parts}"
+    # 100,672 numbers of 2 bytes; a cache of 100 tokens with 2 * 32 numbers of 2 bytes.
+    assert teacher == "GPU memory: teacher engine (teacher) 214 kB, at most 90% of it: weights 201 kB, " + (
+        "cache of 100 tokens 13 kB"
+    )
+    assert student.startswith("GPU memory: student engine 114 kB, at most 95% of it: weights 101 kB, ")
 
 
 def test_dry_run(room, capsys):
@@ -345,6 +377,11 @@ BAD_INPUT = {
         ["--ckpt.best_metric_key", "bleu"],
         ["--ckpt.best_metric_key is 'bleu'", "rouge_l", "accuracy needs --eval.checker"],
     ),
+    "loss without references": (
+        nothing,
+        ["--ckpt.best_metric_key", "loss", "--data.label_key", "none", "--eval.checker", "builtins:bool"],
+        ["--ckpt.best_metric_key is 'loss'", "rouge_l and loss need --data.label_key"],
+    ),
     "unknown schedule": (nothing, ["--actor.lr_scheduler", "cosin"], ["--actor.lr_scheduler is 'cosin'", "cosine"]),
     "schedule without its metric": (
         nothing,
@@ -423,7 +460,42 @@ BAD_INPUT = {
     "live teacher of another family": (
         teacher_of_another_family,
         ["--algo.distill.kd_ratio", "0.5", "--data.pretrain_dataset", "text.jsonl"],
-        ["type gemma2", "--teacher.model_name_or_path teacher", "--algo.distill.kd_ratio 0"],
+        ["type gemma2", "--teacher.model_name_or_path teacher", "--algo.distill.kd_ratio above 0"],
+    ),
+    "whole vocabulary without a teacher": (
+        nothing,
+        [*FULL_KD, "--teacher.model_name_or_path", "none"],
+        ["a teacher in each rank", "--teacher.model_name_or_path is not given", "--algo.distill.kd_support sets"],
+    ),
+    "whole vocabulary of a server": (
+        nothing,
+        [*FULL_KD, "--teacher.model_name_or_path", "none", "--teacher.api_base", "http://localhost:1/v1"],
+        ["a teacher in each rank", "--teacher.api_base http://localhost:1/v1", "--algo.distill.kd_support sets"],
+    ),
+    "whole vocabulary of several teachers": (
+        nothing,
+        [*FULL_KD, "--teacher.model_name_or_path", "none", "--teacher.routes", "a=teacher", "--teacher.route_key", "k"],
+        ["--teacher.routes names several", "a rank holds one"],
+    ),
+    "whole vocabulary with another tokenizer": (
+        another_tokenizer,
+        FULL_KD,
+        ["tokenizers of teacher teacher and student student differ"],
+    ),
+    "whole vocabulary under other prompts": (
+        nothing,
+        [*FULL_KD, "--teacher.privileged_key", "output"],
+        ["reads the student's prompts", "--algo.distill.kd_support sets"],
+    ),
+    "rows made online of gold responses": (
+        nothing,
+        ["--algo.distill.name", "kd", "--algo.distill.responses", "gold", "--algo.distill.mode", "online"],
+        ["--algo.distill.name kd learns from the data set's own responses", "--algo.distill.mode offline"],
+    ),
+    "gold responses for bd": (
+        nothing,
+        ["--algo.distill.responses", "gold"],
+        ["--algo.distill.name bd does not read --algo.distill.responses gold"],
     ),
     "live teacher with another tokenizer": (
         another_tokenizer,
@@ -601,6 +673,51 @@ def test_disk_that_may_be_too_small(room, monkeypatch):
     assert not [text for text in plan.warnings if "runs/new" in text]
 
 
+def test_gold_responses_are_scored_before_training(room):
+    """kd on gold responses has a stage of the teacher's engines, with one row a prompt: nothing is sampled."""
+    argv = ("--algo.distill.name", "kd", "--algo.distill.responses", "gold", "--rollout.n_samples_per_prompt", "3")
+    generate, train, _ = preflight(config_of(*argv)).stages
+    assert (generate.name, generate.rows, train.rows) == ("generate", 20, 20)
+    assert generate.files == "runs/new/teacher_data"
+
+
+def test_whole_vocabulary_needs_no_store_of_sets(room):
+    """kd over the whole vocabulary on gold responses starts ranks alone; each holds the teacher, as the plan says."""
+    config = config_of(*FULL_KD, "--eval.dataset", "none")
+    plan = preflight(config)
+    assert [(stage.name, [group.what for group in stage.actors]) for stage in plan.stages] == [
+        ("train", ["student ranks"])
+    ]
+    teacher = plan.models["--teacher.model_name_or_path"]
+    needs = resolve_algorithm("kd").needs_of(config.algo.distill)
+    assert held_teacher_bytes(config, needs, teacher) == 4 * teacher.num_parameters
+    assert plan.notes == (
+        "each student rank also holds the whole teacher, "
+        f"{format_bytes(4 * teacher.num_parameters)} (--algo.distill.kd_support full)",
+    )
+    rows = ("--algo.distill.name", "kd", "--algo.distill.kd_support", "full", "--eval.test_datasets", "none")
+    assert [stage.name for stage in preflight(config_of(*rows)).stages] == ["generate", "train"]
+
+
+def test_selection_by_loss_starts_no_engine(room):
+    """With --ckpt.best_metric_key loss the plan has ranks alone, and a cluster of as many GPUs is enough."""
+    config = config_of("--ckpt.best_metric_key", "loss", "--eval.test_datasets", "none", "--algo.distill.name", "sft")
+    (stage,) = preflight(config, stages=["train"]).stages
+    assert [group.what for group in stage.actors] == ["student ranks"]
+    check_cluster(config, {"GPU": 2, "CPU": 2}, stages=["train"])
+    by_rouge = config_of("--algo.distill.name", "sft")
+    with pytest.raises(ResourceError, match="stage train needs 3"):
+        check_cluster(by_rouge, {"GPU": 2, "CPU": 2}, stages=["train"])
+
+
+def test_references_that_the_validation_loss_cuts(room):
+    """A reference over --data.max_len is cut as training rows are, and the plan says how many are."""
+    long = {"instruction": "Say it.", "input": "", "output": "word " * 200}
+    (room / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*RECORDS, long]), "utf-8")
+    lines = preflight(config_of(), stages=["train"]).data_sets
+    assert any("validation loss: 1 of 21 references are cut" in line for line in lines)
+
+
 def test_disk_space_of_pretraining_blocks(room):
     """Blocks of pre-training text take 4 bytes a token for as many as the steps read."""
     argv = ["--data.pretrain_dataset", "text.jsonl", "--train.pretrain_batch_size", "4", "--train.max_steps", "2"]
@@ -630,13 +747,70 @@ def test_memory_of_a_rank(room):
 def test_disk_space_of_checkpoints(room):
     """A checkpoint takes the weights, Adam's states and each average; with adapters the weights alone."""
     often = ("--ckpt.save_steps", "1", "--ckpt.max_num", "1", "--eval.dataset", "none")
-    plain, ema, lora = (
+    plain, saved, ema, lora = (
         sum(use.num_bytes for use in preflight(config_of(*often, *extra), stages=["train"]).disk)
-        for extra in ((), ("--train.enable_ema",), ("--train.enable_ema", "--ds.lora.rank", "4"))
+        for extra in ((), ("--ckpt.save_hf",), ("--train.enable_ema",), ("--train.enable_ema", "--ds.lora.rank", "4"))
     )
     # The student has 50,400 numbers of 4 bytes: two copies of it, and a second checkpoint before the first one goes.
     # Adam keeps 12 bytes for each trained number, an average 4.
     numbers = 50_400
     assert plain == numbers * (2 * 4 + 2 * (4 + 12))
+    assert saved == numbers * (2 * 4 + 2 * 4 + 2 * (4 + 12))  # a student beside each checkpoint
     assert ema == numbers * (2 * 4 + 2 * (4 + 12 + 4))
     assert lora == numbers * (2 * 4 + 2 * 4)
+
+
+EVALUATION = {
+    "nucleus": (["--eval.test_top_p", "1.0", "1.2"], "--eval.test_top_p is 1 1.2; expected different numbers"),
+    "nucleus twice": (["--eval.test_top_p", "0.8", "0.8"], "--eval.test_top_p is 0.8 0.8"),
+    "seeds twice": (["--eval.seeds", "10", "10"], "--eval.seeds is"),
+    "exposure without plain sampling": (
+        ["--eval.exposure", "--eval.test_top_p", "0.8"],
+        "use --eval.temperature 1, and 1.0 among --eval.test_top_p",
+    ),
+    "exposure of a sharpened model": (["--eval.exposure", "--eval.temperature", "0.5"], "--eval.temperature is 0.5"),
+    "exposure without a teacher": (
+        ["--eval.exposure", "--teacher.model_name_or_path", "none"],
+        "--teacher.model_name_or_path is not given",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "part"), EVALUATION.values(), ids=EVALUATION.keys())
+def test_bad_samplers(room, changes, part):
+    """What an evaluation could not sample, or measure, is refused before anything starts."""
+    with pytest.raises(ConfigError) as error:
+        preflight(config_of(*changes), stages=["evaluate"])
+    assert part in str(error.value)
+
+
+def test_exposure_needs_a_place_of_its_own(room):
+    """The plan of an evaluation has one more actor and GPU for teacher and student side by side."""
+    plan = preflight(config_of("--eval.exposure"), stages=["evaluate"])
+    assert [group.what for group in plan.stages[0].actors] == ["student engines", "teacher and student side by side"]
+    assert plan.num_gpus == 2
+    both = preflight(config_of("--eval.exposure", "--eval.teacher_nll"), stages=["evaluate"])
+    assert both.num_gpus == 3
+
+
+def test_models_that_are_compared(room):
+    """Models are checked before an engine starts: files, tokenizer, length, file of the label. Nothing is written."""
+    save_model("short", max_position_embeddings=64)
+    save_model("other")
+    tokenizer = json.loads((room / "other/tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"].pop()
+    (room / "other/tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = config_of("--actor.model_name_or_path", "none")
+    before = sorted(room.rglob("*"))
+    assert check_comparison(config, {"SFT": "student", "T": "teacher@temperature=0.7"}).num_gpus == 1
+    for models, message in [
+        ({"SFT": "student", "x": "missing"}, "missing: "),
+        ({"SFT": "student", "x": "short"}, "more than the 64 positions of short \\(model 'x'\\)"),
+        ({"SFT": "student", "x": "other"}, "the tokenizers of other \\(model 'x'\\) and student differ"),
+        ({"SFT": "student", "sft": "teacher"}, "would both have the file sft.json"),
+    ]:
+        with pytest.raises((ConfigError, DataError), match=message):
+            check_comparison(config, models)
+    with pytest.raises(ConfigError, match="give the model a label in --models as well"):
+        check_comparison(config_of(), {"SFT": "student"})
+    assert sorted(room.rglob("*")) == before

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.prompts import PromptTable
 from openrlhf_bd.demo.models import TEACHER_FOLDER
+from openrlhf_bd.driver.manifests import fingerprint_prompts
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.run_folder import run_identity
-from openrlhf_bd.driver.teacher_data import fingerprint_prompts
 from openrlhf_bd.errors import BDError, ConfigError, DataError
 from openrlhf_bd.records import Prompt
 

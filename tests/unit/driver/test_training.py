@@ -7,7 +7,8 @@ import pytest
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver.metrics import Stopwatch, truncate_metrics, wall_clock_rates
 from openrlhf_bd.driver.schedule import Schedule, shuffled_schedule
-from openrlhf_bd.driver.training import Snapshots, check_start, is_checkpoint_step
+from openrlhf_bd.driver.selection import Selection, Snapshots
+from openrlhf_bd.driver.training import check_start, is_checkpoint_step
 from openrlhf_bd.errors import ConfigError
 
 
@@ -94,3 +95,12 @@ def test_student_that_a_checkpoint_names_stays(tmp_path: Path, checkpointed: boo
     assert snapshots.path("best_global_step1").exists() == checkpointed
     snapshots.prune()
     assert [folder.name for folder in tmp_path.iterdir()] == ["best_global_step2_hf"]
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("loss", [True, False, False]), ("rouge_l", [False, False, True])])
+def test_which_student_is_better(metric: str, expected: list[bool]) -> None:
+    """A lower loss takes the place of the best, of other measures a higher value; an equal one never does."""
+    best = Selection(metric, 2.0, 1, "best_global_step1")
+    found = [Selection(metric, value, 2, "best_global_step2") for value in (1.5, 2.0, 2.5)]
+    assert [student.is_better_than(best) for student in found] == expected
+    assert all(student.is_better_than(None) for student in found)

@@ -3,50 +3,25 @@
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from openrlhf_bd.cli.report import main
 from openrlhf_bd.evaluation.report import write_report
-from openrlhf_bd.evaluation.results import Evaluation, Sample
+from openrlhf_bd.evaluation.results import Evaluation, Sample, write_responses
+from openrlhf_bd.evaluation.retention import Metric, Retention
 from openrlhf_bd.evaluation.run_data import RunData
+from openrlhf_bd.evaluation.win_rates import Usage, WinRates, pair_rates
+from tests.unit.evaluation.experiments import make_scored
+from tests.unit.evaluation.pages import Page
 from tests.unit.evaluation.runs import make_evaluation, make_run, make_store_summary
 
-SECTIONS = ("results", "reading", "validation", "samples", "sets", "training", "settings")
+SECTIONS = (
+    "results", "reading", "exposure", "judge", "retention", "validation", "samples", "sets", "training", "timeline",
+    "settings",
+)  # fmt: skip
 HOSTILE = "<script>alert('x')</script><img src=https://example.org/x onerror=alert(1)>"
-
-
-class Page(HTMLParser):
-    """Tags, ids and visible text of a page; unclosed or crossed tags are errors."""
-
-    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes.extend(attrs)
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes.extend(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +102,19 @@ def test_the_page_stands_alone(runs: list[RunData], tmp_path: Path):
     )
     html = write([hostile, *runs[1:]], tmp_path / "report.html", store_summary=make_store_summary())
     page = Page(html)
-    assert not {"script", "img", "link", "iframe", "object", "base", "form"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    links = [value or "" for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-    assert links
-    assert all(value.startswith("#") for value in links)
-    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", html)
+    page.assert_stands_alone()
     assert "Content-Security-Policy" in html
     # As text it is all there.
     assert html.count("&lt;script&gt;") >= 8
+
+
+def test_characters_that_html_does_not_allow_are_replaced(runs: list[RunData], tmp_path: Path):
+    """Control characters and lone surrogates in a response leave a valid page."""
+    assert runs[0].evaluation is not None
+    sample = runs[0].evaluation.samples[0].model_copy(update={"response": "odd \x00\x1b\ud800\uffff end"})
+    evaluation = runs[0].evaluation.model_copy(update={"samples": [sample]})
+    html = write([replace(runs[0], evaluation=evaluation, curves={})], tmp_path / "report.html")
+    assert "odd \ufffd\ufffd\ufffd\ufffd end" in html
 
 
 def test_no_address_is_linked(whole_page: str):
@@ -198,7 +177,7 @@ def test_figures_are_also_written_as_files(runs: list[RunData], tmp_path: Path):
     write(runs, tmp_path / "report.html", store_summary=make_store_summary(), figures_dir=tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names >= {"eval_rouge_l.png", "eval_rouge_l.csv", "train_loss.png", "set_sizes.png", "sorted_mass.csv"}
-    assert names >= {"score_demo_rouge_l.png", "scores_1.csv"}
+    assert names >= {"score_demo_rouge_l.png", "scores_demo.csv", "scores_demo.png"}
 
 
 def test_responses_to_the_same_prompt_stand_together(whole_page: str):
@@ -257,3 +236,34 @@ def test_evaluations_alone_can_be_compared(tmp_path: Path):
     runs = [RunData.load(tmp_path / name) for name in ("teacher", "student")]
     html = write(runs, tmp_path / "report.html", reference_labels=["teacher"])
     assert "for reference" in html
+
+
+def test_what_other_commands_left_in_a_folder_is_shown(tmp_path: Path):
+    """Exposure, both samplers, differences prompt by prompt, win rates, benchmarks and timeline have their sections."""
+    folders = [make_run(tmp_path / label, label, 0.5, num_steps=2, with_evaluation=False) for label in ("BD", "KD")]
+    for folder in folders:
+        evaluation, responses = make_scored(folder.name, 0.5, ["dolly"])
+        evaluation.write(folder)
+        write_responses(folder, responses)
+    rates = pair_rates("BD", "KD", [(1.0, 1.0)] * 3, not_judged={})
+    WinRates(
+        model="a-judge", prompt_version=1, constrained=True, test_set="dolly", seed=10, top_p=1.0, pairs=[rates],
+        usage=Usage(num_requests=6, prompt_tokens=1, completion_tokens=6),
+    ).write(folders[0])  # fmt: skip
+    tasks = {"a_task": {"acc": Metric(value=0.25, stderr=None)}}
+    Retention(model="m", fingerprint="f", harness="0.4", tasks=tasks).write(folders[0] / "retention.json")
+    span = {"lane": "student ranks", "activity": "train", "start_s": 10.0, "end_s": 11.0, "step": 1, "session": 1}
+    (folders[0] / "timeline.jsonl").write_text(json.dumps(span) + "\n", encoding="utf-8")
+    runs = [RunData.load(folder) for folder in folders]
+    text = Page(write([replace(run, curves={}) for run in runs], tmp_path / "report.html")).visible
+    for expected in (
+        "dolly, top-p 0.8: 200 prompts",
+        "BD minus KD",
+        "Forward KL ↓",
+        "Excess accumulated error, dolly",
+        "BD against KD",
+        "a_task",
+        "Who worked over the run",
+        "student ranks",
+    ):
+        assert expected in text, expected

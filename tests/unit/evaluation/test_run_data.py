@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from openrlhf_bd.errors import DataError
+from openrlhf_bd.evaluation.results import write_responses
 from openrlhf_bd.evaluation.run_data import RunData, parse_metrics, with_distinct_labels
+from tests.unit.evaluation.experiments import make_scored
 from tests.unit.evaluation.runs import make_run
 
 
@@ -92,3 +94,22 @@ def test_damaged_files_are_named(tmp_path: Path):
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"run\.json"):
         RunData.load(tmp_path)
+
+
+def test_the_wall_clock_is_kept_apart_from_metrics(tmp_path: Path):
+    """Times of steps are read, and are no metric to draw."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 50.0, "train/loss": 4}\n', encoding="utf-8")
+    run = RunData.load(tmp_path)
+    assert run.clock is not None
+    assert (run.clock.steps, run.clock.values) == ((1,), (50.0,))
+    assert list(run.curves) == ["train/loss"]
+
+
+def test_scores_of_prompts_are_read_by_test_set_and_sampler(tmp_path: Path):
+    """Responses beside an evaluation give the Rouge-L of each prompt under the name of its scores."""
+    evaluation, responses = make_scored("BD", 0.5, ["dolly"], num_prompts=2)
+    evaluation.write(tmp_path)
+    write_responses(tmp_path, [*responses, responses[0].model_copy(update={"seed": 20, "rouge_l": 1.0})])
+    run = RunData.load(tmp_path)
+    assert list(run.by_prompt) == ["dolly", "dolly, top-p 0.8"]
+    assert run.by_prompt["dolly"]["00000000"] == [responses[0].rouge_l, 1.0]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from openrlhf_bd.errors import DataError
-from openrlhf_bd.evaluation.evaluate import example_indices
 from openrlhf_bd.evaluation.sampling import make_requests, request_seed
+from openrlhf_bd.evaluation.scored import example_indices
 from openrlhf_bd.records import Prompt
 
 

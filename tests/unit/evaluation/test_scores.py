@@ -39,7 +39,7 @@ def test_score_seed_by_hand():
     """Every score of one seed, by hand."""
     responses = [Response("a b", 4, "stop"), Response("b a", 2, "length")]
     records = [{"answer": "a b"}, {"answer": "a b"}]
-    scores = score_seed(responses, records, ["a b", "a b"], lambda record, text: record["answer"] == text)
+    scores = score_seed(responses, records, [["a b"], ["a b"]], lambda record, text: record["answer"] == text)
     assert scores.rouge_l_B == pytest.approx([100.0, 50.0])
     assert scores.rouge_l == pytest.approx(75.0)
     assert scores.correct_B == [True, False]
@@ -57,14 +57,24 @@ def test_what_cannot_be_measured_is_none():
     assert scores.accuracy is None
 
 
+def test_the_best_of_any_number_of_references_counts():
+    """Rouge-L is the best over a prompt's references; a prompt without one has none and does not count in the mean."""
+    responses = [Response("a b", 2, "stop"), Response("c", 1, "stop"), Response("d", 1, "stop")]
+    scores = score_seed(responses, [{}] * 3, [["z", "b a", "a b"], [], ["z"]], None)
+    assert scores.rouge_l_B == [100.0, None, 0.0]
+    assert scores.rouge_l == 50.0  # (100 + 0) / 2
+    assert score_seed(responses[:1], [{}], [[]], None).rouge_l is None
+
+
 def test_references_are_a_text_or_a_list():
-    """One reference or several are both taken as they stand in the record."""
-    assert references_of(prompt_with({"output": "x"}), "output") == "x"
+    """One reference or several are both taken as they stand in the record; a record may have none."""
+    assert references_of(prompt_with({"output": "x"}), "output") == ["x"]
     assert references_of(prompt_with({"output": ["x", "y"]}), "output") == ["x", "y"]
+    assert references_of(prompt_with({"output": None}), "output") == []
 
 
-@pytest.mark.parametrize("record", [{}, {"output": []}, {"output": 3}, {"output": ["x", None]}, {"output": None}])
-def test_missing_reference_names_prompt_and_key(record: dict[str, object]):
-    """A record without a usable reference is an error that names the prompt, the key and the option."""
-    with pytest.raises(DataError, match=r"data:3.*'output'.*--data.label_key"):
+@pytest.mark.parametrize("record", [{"output": 3}, {"output": ["x", None]}, {"output": ["x", ""]}])
+def test_a_wrong_reference_names_prompt_and_key(record: dict[str, object]):
+    """A reference that is no text is an error that names the prompt, the key and the option."""
+    with pytest.raises(DataError, match=r"data:3.*\"output\".*--data.label_key"):
         references_of(prompt_with(record), "output")

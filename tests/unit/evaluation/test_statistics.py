@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from openrlhf_bd.evaluation.statistics import estimate, intervals_overlap, t_quantile_95
+from openrlhf_bd.evaluation.statistics import estimate, intervals_overlap, paired_difference, t_quantile_95
 
 
 def test_confidence_interval_by_hand():
@@ -44,3 +44,32 @@ def test_overlap_of_intervals():
     assert intervals_overlap(low, middle)
     assert not intervals_overlap(low, high)
     assert not intervals_overlap(low, estimate([1.0]))
+
+
+def test_paired_difference_by_hand():
+    """Each prompt gives the difference of its means over responses; prompts that only one has are left out."""
+    # a: 3 - 1 = 2, b: (4 + 6) / 2 - 1 = 4; mean 3. Resampled means of two prompts are 2, 3 or 4.
+    one = {"a": [3.0], "b": [4.0, 6.0], "c": [9.0]}
+    found = paired_difference(one, {"a": [1.0], "b": [1.0]})
+    assert found is not None
+    assert (found.mean, found.low, found.high) == (3.0, 2.0, 4.0)
+    assert (found.num_prompts, found.num_left_out) == (2, 1)
+    assert found.excludes_zero
+
+
+def test_paired_interval_agrees_with_the_normal_one():
+    """Over many prompts the bootstrap interval is mean +- 1.96 std / sqrt(n)."""
+    one = {str(i): [float(i % 2)] for i in range(400)}
+    found = paired_difference(one, {name: [0.0] for name in one})
+    # Half ones: std .5, half width 1.96 * .5 / 20 = .049.
+    assert found is not None
+    assert found.mean == 0.5
+    assert (found.low, found.high) == pytest.approx((0.451, 0.549), abs=0.004)
+
+
+def test_a_pair_without_a_shared_prompt_has_no_difference():
+    """Nothing shared gives nothing; one shared prompt has a difference and no interval."""
+    assert paired_difference({"a": [1.0]}, {"b": [1.0]}) is None
+    alone = paired_difference({"a": [1.0]}, {"a": [0.5]})
+    assert alone is not None
+    assert (alone.mean, alone.low, alone.excludes_zero) == (0.5, None, False)

@@ -1,13 +1,11 @@
 """The main table."""
 
-import csv
 import io
-from pathlib import Path
 
 from rich.console import Console
 
 from openrlhf_bd.evaluation.results import DatasetScores, Evaluation
-from openrlhf_bd.evaluation.tables import MainTable, main_table, terminal_table, write_csv
+from openrlhf_bd.evaluation.tables import MainTable, main_table, terminal_table
 
 
 def evaluation(rouge_l: list[float], accuracy: list[float] | None = None, nll: list[float] | None = None) -> Evaluation:
@@ -103,14 +101,3 @@ def test_the_terminal_table_fits_into_80_columns():
     assert "51.00±1.00" in text
     assert "60.0±10.0" in text
     assert max(len(line) for line in text.splitlines()) <= 80
-
-
-def test_csv_has_every_seed(tmp_path: Path):
-    """The CSV file holds mean, interval and the value of each seed."""
-    write_csv(table(), tmp_path / "scores.csv")
-    with (tmp_path / "scores.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = next(row for row in rows if row["method"] == "near" and row["score"] == "rouge_l")
-    assert found["values"] == "49.0 50.0 51.0"
-    assert float(found["mean"]) == 50.0
-    assert abs(float(found["ci95_low"]) - (50 - 4.3027 / 3**0.5)) < 1e-3

@@ -76,6 +76,15 @@ def test_gold_rows_have_tokens_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_gold_rows_that_a_teacher_scored(tmp_path: Path) -> None:
+    """A gold store with a top_p keeps the teacher's sets and log-probabilities as a teacher's store does."""
+    rows = [teacher_row(prompt) for prompt in range(3)]
+    reader = write(tmp_path, teacher_manifest(kind="gold", num_prompts=3, n_samples_per_prompt=1), rows)
+    assert reader.manifest.kind == "gold"
+    for found, expected in zip(reader.rollouts([0, 1, 2]), rows, strict=True):
+        assert_same_rollout(found, expected)
+
+
 def test_sets_without_logprobs_and_rows_without_either(tmp_path: Path) -> None:
     """Sets without candidates' log-probabilities, and a row whose sampled tokens have none, are kept as None."""
     ids = np.arange(2, dtype=np.int32)

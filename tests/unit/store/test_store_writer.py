@@ -270,7 +270,7 @@ def test_gold_store_refuses_teacher_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"kind": "gold", "top_p": 0.8},
+        {"kind": "gold", "top_p": 1.0},
         {"kind": "teacher", "has_logprobs": True},
         {"kind": "teacher", "always_include": (2,)},
         {"kind": "teacher", "top_p": 0.0},

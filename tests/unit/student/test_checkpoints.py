@@ -17,6 +17,7 @@ from openrlhf_bd.student.checkpoints import (
     newest_tag,
     read_seal,
     remove_old,
+    remove_old_students,
     seal_checkpoint,
     settled_digest,
 )
@@ -117,3 +118,14 @@ class TestRemoval:
         assert remove_old(tmp_path, newest="global_step3", max_num=1, max_gigabytes=1) == ["global_step2"]
         assert remove_old(tmp_path, newest="global_step3", max_num=1, max_gigabytes=1e-12) == []
         assert tags(tmp_path) == ["best_global_step1", "global_step3"]
+
+
+def test_students_over_the_limit_go_by_step(tmp_path: Path) -> None:
+    """Of `global_step<N>_hf` folders the newest steps stay; selected students and checkpoints are left alone."""
+    for name in ("global_step9_hf", "global_step10_hf", "global_step11_hf", "best_global_step2_hf", "_actor"):
+        (tmp_path / name).mkdir()
+    assert remove_old_students(tmp_path, newest="global_step11_hf", max_num=2) == ["global_step9_hf"]
+    left = sorted(entry.name for entry in tmp_path.iterdir())
+    assert left == ["_actor", "best_global_step2_hf", "global_step10_hf", "global_step11_hf"]
+    # After a resume the newest may have a lower step than one of before; it stays.
+    assert remove_old_students(tmp_path, newest="global_step10_hf", max_num=1) == ["global_step11_hf"]

@@ -12,7 +12,8 @@ from openrlhf_bd.config import Config, DistillConfig
 from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.records import RecordedSets, Rollout
 from openrlhf_bd.store import StoreManifest, StoreWriter
-from openrlhf_bd.student.data import RowStores, SetCut, StudentData, plan_cut
+from openrlhf_bd.student.data import StudentData
+from openrlhf_bd.student.row_source import RowStores, SetCut, plan_cut
 
 NEEDS = Needs(rollouts="teacher", candidate_sets=True, candidate_logprobs=True)
 STOP = 1

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# GPT-2 1.5B to 760M: SFT, KD, SeqKD, MiniLLM and Bellman Distill on Dolly.
+# For a node of eight GPUs; fewer: docs/clusters.md. Variables: launch/common.sh. Further arguments are options of every job.
+# shellcheck source-path=SCRIPTDIR source=../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+submit openrlhf_bd.cli.pipeline configs/paper/gpt2_760m.yaml \
+    --scale "$SCALE" \
+    --mode "$MODE" \
+    --data "$DATA" \
+    --output_dir "$OUT" \
+    "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# OPT 6.7B to 1.3B (p = 0.5): SFT, KD, SeqKD, MiniLLM and Bellman Distill on Dolly.
+# For a node of eight GPUs; fewer: docs/clusters.md. Variables: launch/common.sh. Further arguments are options of every job.
+# shellcheck source-path=SCRIPTDIR source=../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+submit openrlhf_bd.cli.pipeline configs/paper/opt_1.3b.yaml \
+    --scale "$SCALE" \
+    --mode "$MODE" \
+    --data "$DATA" \
+    --output_dir "$OUT" \
+    "$@"
