@@ -104,9 +104,9 @@ def run_stages(run: Run, record: PipelineRecord) -> None:
 def _run_stage(work: Work, record: PipelineRecord) -> None:
     stage = work.stage
     known, begun = record.stage(stage), time.monotonic()
-    record.set_stage(stage, state="running", started=known.get("started", time.time()), gpus=work.num_gpus)
     state = "failed"
     try:
+        record.set_stage(stage, state="running", started=known.get("started", time.time()), gpus=work.num_gpus)
         with _named(stage.name):
             work.run()
         state = "finished"

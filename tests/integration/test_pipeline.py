@@ -162,4 +162,4 @@ def test_a_stage_alone_wants_its_inputs(folder: Path) -> None:
     """`--only` of a stage whose inputs are missing ends at once, with what to run."""
     refused = run_job(*arguments(folder, "--only", "bd", out="other"), module=MAIN)
     assert refused.returncode == 2, refused.stdout
-    assert "bd needs sft, rows, which are not finished; run --only sft,rows,bd" in refused.stdout
+    assert "bd needs rows, sft, which are not finished; run --only rows,sft,bd" in refused.stdout
