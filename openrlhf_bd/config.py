@@ -7,7 +7,7 @@ This module imports neither torch nor ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Predicate
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -526,11 +526,16 @@ class Config(Section):
 class JudgeOptions(Section):
     """A judge that compares answers, and how it is asked: `openrlhf-bd judge`, and stages of kind judge."""
 
-    model: str = Field("gpt-4o-mini", description="name of the judge at its server")
+    model: str = Field("gpt-4o-mini", description="name of the judge at its server; none is given with serve")
     api_base: str = Field(
         "https://api.openai.com/v1",
         description="URL of an OpenAI-compatible server; its key: the environment variable OPENAI_API_KEY",
     )
+    serve: str | None = Field(
+        None, description="folder or hub name of a judge that is hosted here while it judges; none: by api_base"
+    )
+    serve_gpus: PositiveInt = Field(1, description="GPUs that share the served judge (tensor parallel)")
+    serve_timeout_s: Positive = Field(900.0, description="longest wait for the served judge to load, seconds")
     test_set: str = Field("dolly", description="test set whose responses are compared")
     seed: int = Field(10, description="sampling seed of these responses")
     top_p: Probability = Field(1.0, description="nucleus with which these responses were sampled")
@@ -549,6 +554,13 @@ class JudgeOptions(Section):
     max_tokens: PositiveInt | None = Field(
         None, description="prompt and answer tokens after which this call asks no more; none: no limit"
     )
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        for name in ("api_base", "model"):
+            if self.serve is not None and name in self.model_fields_set:
+                raise ValueError(f"serve and {name} exclude each other; leave one out, or give serve as none")
+        return self
 
 
 class RetentionOptions(Section):

@@ -29,12 +29,14 @@ class ApiOptions:
         key: sent as bearer token; in no message and no representation.
         timeout_s: longest wait for one answer.
         max_retries: further tries of one request.
+        direct: past any proxy that the environment names.
     """
 
     base_url: str
     key: str = field(repr=False)
     timeout_s: float
     max_retries: int
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from openrlhf_bd.errors import BDError, ConfigError, StoreError
 
 COMMAND_LINE = "command line"
 INTERRUPTED = 75
+# A file where a folder must be, or the other way round, or no rights.
+_WRONG_PLACE = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 # What a write to a full disk gives, over a quota, or beyond the size that this process may give a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEASURED_ROWS = 32
@@ -138,10 +140,16 @@ def section_from_given(section: type[SectionType], given: Mapping[str, Given]) -
     """A section of options from values with their origins, by the options' names in it.
 
     Raises:
-        ConfigError: a value has the wrong type.
+        ConfigError: a value has the wrong type, or options contradict each other.
     """
     options = section_options(section)
-    return section.model_validate({name: _checked(options[name], item) for name, item in given.items()})
+    values = {name: _checked(options[name], item) for name, item in given.items()}
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        named = [f"{name}: {item.where}" for name, item in given.items() if name in message.split()]
+        raise ConfigError(f"{message} ({', '.join(named)})") from None
 
 
 def _wrong_type(option: Option, given: Given, expected: str) -> str:
@@ -194,7 +202,8 @@ def main_guard(function: Callable[[], int]) -> int:
     """Run a command; turn the errors that we raise on purpose into one line and an exit status.
 
     Returns:
-        The function's own status; an error's `exit_status`; 74 on a full disk; 75 after Ctrl-C.
+        The function's own status; an error's `exit_status`; 2 where a place to write to is none; 74 on a full disk; 75
+        after Ctrl-C.
     """
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     try:
@@ -210,6 +219,13 @@ def main_guard(function: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if isinstance(error, _WRONG_PLACE) and error.filename is not None:
+            place = error.filename2 or error.filename
+            print(
+                f"error: {place}: {(error.strerror or '').lower()}; name another place, or change that one",
+                file=sys.stderr,
+            )
+            return ConfigError.exit_status
         if error.errno not in _NO_ROOM:
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -277,8 +293,17 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the dotted flag of every option."""
+def add_options(parser: argparse.ArgumentParser, *, described: bool = True) -> None:
+    """Give a parser the dotted flag of every option.
+
+    Args:
+        parser: to be changed.
+        described: whether its help lists them.
+    """
+    if not described:
+        for option in all_options().values():
+            add_flag(parser, option, described=False)
+        return
     groups = {
         name: parser.add_argument_group(f"--{name}.*" if name else "other", _first_line(section))
         for name, section in all_sections().items()
@@ -292,7 +317,7 @@ def _first_line(section: type) -> str | None:
     return (section.__doc__ or "").strip().partition("\n")[0].partition("`: ")[2] or None
 
 
-def add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
+def add_flag(group: argparse._ActionsContainer, option: Option, *, described: bool = True) -> None:
     """Add an option's flag, named and described as the option is; values come as text (see `section_from_flags`)."""
     takes: dict[str, Any] = {}
     if option.is_flag:
@@ -301,6 +326,7 @@ def add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
         takes = {"nargs": "+"}
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.metavar
     text = f"{option.field.description} (default: {show_value(option.default)})".replace("%", "%%")
+    text = text if described else argparse.SUPPRESS
     group.add_argument(f"--{option.name}", dest=option.name, metavar=metavar, help=text, **takes)
 
 
@@ -334,8 +360,9 @@ def given_flags(arguments: Mapping[str, Any], options: Mapping[str, Option] | No
 def _bad_argument(error: argparse.ArgumentError) -> str:
     name = (error.argument_name or "").removeprefix("--")
     option = all_options().get(name)
-    expected = f"expected {describe_type(option)} ({option.field.description})" if option else error.message
-    return f"{COMMAND_LINE}: --{name} has no value; {expected}"
+    if option is None:
+        return f"{COMMAND_LINE}: --{name}: {error.message}"
+    return f"{COMMAND_LINE}: --{name} has no value; expected {describe_type(option)} ({option.field.description})"
 
 
 def _unknown_argument(text: str, flags: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""Win rates by a judge behind an OpenAI-compatible server.
+"""Win rates by a judge behind an OpenAI-compatible server, or one that is hosted while it judges.
 
-openrlhf-bd judge RUN RUN [RUN ...] --output_dir DIR [--test_set dolly] [--model gpt-4o-mini] [--api_base URL]
+openrlhf-bd judge RUN RUN [RUN ...] --output_dir DIR [--model gpt-4o-mini] [--api_base URL] [--serve MODEL]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from openrlhf_bd.errors import ClusterError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from openrlhf_bd.evaluation.judge import Host
     from openrlhf_bd.evaluation.judge_asking import OnProgress
     from openrlhf_bd.evaluation.win_rates import PairRates, WinRates
 
@@ -31,6 +33,7 @@ responses (responses.jsonl, LABEL.responses.jsonl). The server's key: the enviro
 examples:
   openrlhf-bd judge runs/bd runs/kd runs/seqkd --test_set dolly --output_dir runs/judge
   openrlhf-bd judge runs/bd runs/kd --api_base http://127.0.0.1:8000/v1 --model my-judge --constrained --output_dir j
+  openrlhf-bd judge runs/bd runs/kd --serve Qwen/Qwen2.5-7B-Instruct --constrained --output_dir runs/judge
 
 Exit status: 0 all is judged; 75 something is missing, and the same command goes on there.
 """
@@ -84,12 +87,12 @@ def _judge(
 
     from openrlhf_bd.evaluation.judge import judge_pairs
 
-    options = section_from_flags(JudgeOptions, flags)
+    options, host = judge_and_host(section_from_flags(JudgeOptions, flags), output_dir)
     responses = _labelled(runs, labels)
     names = list(responses)
     pairs = list(combinations(names, 2)) if all_pairs else [(names[0], other) for other in names[1:]]
     with judge_progress() as on_progress:
-        rates = judge_pairs(responses, pairs, options, output_dir, on_progress)
+        rates = judge_pairs(responses, pairs, options, output_dir, on_progress, host)
     Console().print(rates_table(rates))
     for line in _notes(rates):
         print(line)
@@ -98,6 +101,21 @@ def _judge(
         print(f"error: {incomplete(rates)}", file=sys.stderr)
         return ClusterError.exit_status
     return 0
+
+
+def judge_and_host(options: JudgeOptions, output_dir: Path) -> tuple[JudgeOptions, Host | None]:
+    """The judge by the name that its server knows, and who starts that server; None: nobody has to.
+
+    Raises:
+        ConfigError, DataError: the model to be served is none, or not what it should be.
+    """
+    if options.serve is None:
+        return options, None
+    from openrlhf_bd.driver.judge_server import check_served, hosted_judge, with_served_name
+
+    check_served(options.serve, options)
+    named = with_served_name(options)
+    return named, partial(hosted_judge, named, output_dir)
 
 
 def _labelled(runs: Sequence[Path], labels: str) -> dict[str, Path]:
@@ -175,16 +193,20 @@ def _row(pair: PairRates) -> tuple[str, ...]:
 
 
 def _notes(rates: WinRates) -> Iterator[str]:
+    from openrlhf_bd.evaluation.win_rates import NO_VERDICT
+
     for pair in rates.pairs:
         for reason, number in pair.not_judged.items():
-            yield f"{pair.a} - {pair.b}: {number} prompts not judged: {reason}"
+            hint = " (a vLLM server can answer nothing else with --constrained)" if reason == NO_VERDICT else ""
+            yield f"{pair.a} - {pair.b}: {number} prompts not judged: {reason}{hint}"
         for label, number in zip((pair.a, pair.b), pair.num_empty, strict=True):
             if number:
                 yield f"{pair.a} - {pair.b}: {number} responses of {label} are empty; they were compared like others"
     if rates.first_error is not None and rates.first_error != rates.stopped:
         yield f"the first question without a judgement: {rates.first_error}"
     used = rates.usage
-    yield f"{used.num_requests} requests, {used.prompt_tokens} prompt and {used.completion_tokens} answer tokens"
+    tokens = f"{used.prompt_tokens} prompt and {used.completion_tokens} answer tokens"
+    yield f"all calls together: {used.num_requests} requests, {tokens}"
 
 
 def incomplete(rates: WinRates) -> str:

@@ -17,7 +17,6 @@ from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.experiments.schema import JUDGE
 
 if TYPE_CHECKING:
-    from openrlhf_bd.experiments.files import Experiment
     from openrlhf_bd.experiments.prepare import Checked, Prepared, Request
     from openrlhf_bd.experiments.record import PipelineRecord
     from openrlhf_bd.experiments.running import Run
@@ -51,9 +50,11 @@ def pipeline_parser(prog: str, first: str, description: str) -> argparse.Argumen
     parser = command_parser(
         prog,
         description=description,
-        usage=f"{prog} {first} --output_dir DIR [--scale NAME] [--data DIR] [--mode offline|online] "
-        "[--only STAGE,...] [--dry_run] [--OPTION VALUE ...]",
-        epilog="Values: defaults < preset < option files < stage < scale < flags. Finished stages are reused.",
+        usage=f"{prog} {first} --output_dir DIR\n"
+        "         [--scale NAME] [--data DIR] [--mode offline|online] [--only STAGE,...] [--dry_run]\n"
+        "         [--OPTION VALUE ...]",
+        epilog="--OPTION: options of the main job, for every stage that reads them; openrlhf-bd train --help "
+        "describes them. Values: defaults < preset < option files < stage < scale < flags. Finished stages are reused.",
     )
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the experiment")
     parser.add_argument("--scale", metavar="NAME", help="models and data: full, toy (default: full)")
@@ -68,7 +69,7 @@ def pipeline_parser(prog: str, first: str, description: str) -> argparse.Argumen
     parser.add_argument(
         "--dry_run", action="store_true", default=False, help="check everything, print the plan, and stop"
     )
-    add_options(parser)
+    add_options(parser, described=False)
     group = parser.add_argument_group("--judge.*", "stages of kind judge")
     for option in judge_flags().values():
         add_flag(group, option)
@@ -120,20 +121,22 @@ def _show_plan(checked: Checked, request: Request) -> None:
     with tempfile.TemporaryDirectory(prefix="openrlhf-bd-") as folder:
         inputs_dir = request.output_dir if there else Path(folder)
         prepared = prepare(checked, request, InputDigests(request.output_dir / CACHE_FILE), inputs_dir=inputs_dir)
-        _planned(checked.experiment, prepared)
+        _planned(checked, prepared)
 
 
-def _planned(experiment: Experiment, prepared: Prepared) -> Run:
+def _planned(checked: Checked, prepared: Prepared) -> Run:
     """Show the plan, then check all of it."""
     from openrlhf_bd.driver.progress import console
-    from openrlhf_bd.experiments.display import plan_table
+    from openrlhf_bd.experiments.display import plan_table, some_of
     from openrlhf_bd.experiments.running import check_run, make_run
 
     run = make_run(prepared.stages, prepared.asked)
-    console.print(experiment.title, style="bold", highlight=False, markup=False)
+    console.print(checked.experiment.title, style="bold", highlight=False, markup=False)
     console.print(plan_table(run))
+    for flag in checked.unread:
+        console.print(f"warning: no stage of this experiment reads --{flag}", highlight=False, markup=False)
     for warning, names in check_run(run).items():
-        console.print(f"warning: {warning} ({', '.join(names)})", highlight=False, markup=False)
+        console.print(f"warning: {warning} ({some_of(names)})", highlight=False, markup=False)
     return run
 
 
@@ -147,7 +150,7 @@ def _run(checked: Checked, request: Request) -> None:
         digests = InputDigests(request.output_dir / CACHE_FILE)
         prepared = prepare(checked, request, digests, inputs_dir=request.output_dir)
         digests.save()
-        run = _planned(checked.experiment, prepared)
+        run = _planned(checked, prepared)
         record.set_experiment(
             checked.experiment.name,
             prepared.stages,
@@ -164,11 +167,13 @@ def _report(record: PipelineRecord, name: str) -> None:
     """The comparison report, and its tables on the terminal."""
     from openrlhf_bd.driver.progress import console
     from openrlhf_bd.evaluation.comparison import write_comparison
-    from openrlhf_bd.experiments.scores import score_tables
+    from openrlhf_bd.experiments.scores import CAPTION, score_tables
 
     view = record.view(name)
-    for table in score_tables(view):
-        console.print(table)
+    if tables := list(score_tables(view)):
+        for table in tables:
+            console.print(table)
+        console.print(CAPTION, style="dim italic", highlight=False)
     path = record.output_dir / f"{name}.html"
     write_comparison(view, path, record.output_dir / f"{name}_figures")
     console.print(f"report: {path}", highlight=False)

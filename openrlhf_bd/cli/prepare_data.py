@@ -20,17 +20,26 @@ _GIVEN = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="openrlhf-bd prepare-data", description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the data, for --data")
-    parser.add_argument("--dolly", default="databricks/databricks-dolly-15k", help="hub data set, or local file")
-    parser.add_argument("--tokenizer", default="openai-community/gpt2", help="measures records: folder or hub name")
-    parser.add_argument("--self_inst", help="file of instruction, input and output; it is checked and copied")
-    parser.add_argument("--vicuna", help="file of instruction, input and output; it is checked and copied")
-    parser.add_argument("--max_prompt_len", type=int, default=256, help="longest prompt, tokens")
-    parser.add_argument("--max_len", type=int, default=512, help="longest prompt and response together, tokens")
-    parser.add_argument("--num_validation", type=int, default=500, help="validation records")
-    parser.add_argument("--num_test", type=int, default=500, help="test records; as many more are held out")
-    parser.add_argument("--seed", type=int, default=42, help="of the splits")
+    parser = argparse.ArgumentParser(
+        prog="openrlhf-bd prepare-data",
+        description="Make the data of the paper's experiments at full size: a folder for --data.",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the data, for --data")
+    for flag, name, what in (
+        ("--dolly", "databricks/databricks-dolly-15k", "hub data set, or local file"),
+        ("--tokenizer", "openai-community/gpt2", "measures records: folder or hub name"),
+    ):
+        parser.add_argument(flag, default=name, metavar="NAME", help=f"{what} (default: {name})")
+    for flag in ("--self_inst", "--vicuna"):
+        parser.add_argument(flag, metavar="FILE", help="file of instruction, input and output; checked and copied")
+    for flag, number, what in (
+        ("--max_prompt_len", 256, "longest prompt, tokens"),
+        ("--max_len", 512, "longest prompt and response together, tokens"),
+        ("--num_validation", 500, "validation records"),
+        ("--num_test", 500, "test records; as many more are held out"),
+        ("--seed", 42, "of the splits"),
+    ):
+        parser.add_argument(flag, type=int, default=number, metavar="INT", help=f"{what} (default: {number})")
     return parser
 
 

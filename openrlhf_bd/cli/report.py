@@ -14,17 +14,21 @@ from rich.console import Console
 from rich.text import Text
 
 from openrlhf_bd.cli.flags import main_guard
-from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.errors import ConfigError, DataError
 from openrlhf_bd.evaluation.report import main_tables, write_report
-from openrlhf_bd.evaluation.run_data import RunData, with_distinct_labels
+from openrlhf_bd.evaluation.results import EVALUATION_FILE, RESPONSES_FILE
+from openrlhf_bd.evaluation.retention import RETENTION_FILE
+from openrlhf_bd.evaluation.run_data import CONFIG_FILE, METRICS_FILE, RUN_FILE, RunData, with_distinct_labels
 from openrlhf_bd.evaluation.tables import terminal_table
 from openrlhf_bd.evaluation.timeline import read_timeline
 from openrlhf_bd.evaluation.utilisation import utilisation_tables
+from openrlhf_bd.evaluation.win_rates import WIN_RATES_FILE
 from openrlhf_bd.store import StoreReader, StoreSummary, summary
 from openrlhf_bd.store.folder import open_folder
 from openrlhf_bd.store.manifest import StoreState
 
 REPORT_FILE = "report.html"
+_SHOWN = (CONFIG_FILE, METRICS_FILE, RUN_FILE, EVALUATION_FILE, WIN_RATES_FILE, RETENTION_FILE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,8 +97,27 @@ def _load_runs(folders: Sequence[Path], labels: str | None) -> list[RunData]:
     names = _names(labels or "")
     if names and len(names) != len(folders):
         raise ConfigError(f"--labels {labels}: found {len(names)} names for {len(folders)} runs, expected one a run")
+    for folder in folders:
+        _refuse_others(folder)
     chosen: list[str] | list[None] = names or [None] * len(folders)
     return [RunData.load(folder.resolve(), label=label) for folder, label in zip(folders, chosen, strict=True)]
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises DataError where a folder holds nothing that a page shows."""
+    several = sorted(path.name for path in folder.glob(f"*.{RESPONSES_FILE}"))
+    if several and not (folder / EVALUATION_FILE).exists():
+        raise DataError(
+            f"{folder}: holds evaluations of several models ({', '.join(several)}); expected the folder of one run. An "
+            "experiment file puts such models into one report (openrlhf-bd pipeline)"
+        )
+    if not folder.is_dir() or any((folder / name).exists() for name in _SHOWN):
+        return
+    found = "nothing of a run"
+    if (folder / "pipeline.json").exists():
+        pages = " and ".join(sorted(path.name for path in folder.glob("*.html"))) or "no report yet"
+        found = f"an experiment ({pages}), whose runs are the folders in it"
+    raise DataError(f"{folder}: holds {found}; expected the folder of a run (--ckpt.output_dir)")
 
 
 def _names(text: str) -> list[str]:

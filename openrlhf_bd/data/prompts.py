@@ -259,6 +259,11 @@ def load_evaluation_prompts(
     )
 
 
+def with_references(table: PromptTable, label_key: str) -> PromptTable:
+    """The prompts of an evaluation that have a reference: all of them but with `eval.missing_references skip`."""
+    return replace(table, prompts=[prompt for prompt in table.prompts if _references(prompt, label_key)])
+
+
 def gold_rollouts(
     table: PromptTable,
     tokenizer: PreTrainedTokenizerBase,
@@ -305,8 +310,12 @@ def gold_rollouts(
 
 
 def _gold_text(prompt: Prompt, label_key: str) -> str:
+    return _references(prompt, label_key, allow_missing=False)[0]
+
+
+def _references(prompt: Prompt, label_key: str, *, allow_missing: bool = True) -> list[str]:
     record = Record(dict(prompt.record), f"prompt {prompt.prompt_id}")
-    return reference_fields(record, label_key, allow_missing=False)[0]
+    return reference_fields(record, label_key, allow_missing=allow_missing)
 
 
 def _batches(items: Any, size: int) -> Iterator[list[Any]]:

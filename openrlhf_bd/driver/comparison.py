@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from openrlhf_bd.config import Config
 from openrlhf_bd.driver.cluster import ray_session
 from openrlhf_bd.driver.evaluation import evaluate_models
 from openrlhf_bd.driver.evaluation_checks import check_models
+from openrlhf_bd.driver.model_files import inspect_model
 from openrlhf_bd.driver.models import load_tokenizer
+from openrlhf_bd.driver.nodes import check_nodes
 from openrlhf_bd.driver.plan import Plan
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.progress import console
@@ -40,12 +43,47 @@ def check_comparison(config: Config, models: Mapping[str, str]) -> Plan:
     folder = Path(config.ckpt.output_dir)
     labelled_paths(folder, models)
     RunFolder.check(folder, _identity(config))
-    paths = {label: EvaluatedModel.parse(text).path for label, text in models.items()}
+    plan = check_evaluated(config, models)
+    stages = tuple(
+        replace(stage, rows=stage.rows * len(models), tokens=stage.tokens * len(models), files=_files(folder, models))
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
+
+
+def check_evaluated(config: Config, models: Mapping[str, str]) -> Plan:
+    """Check models and test sets, with the tokenizer of the first model, which must be that of all.
+
+    Args:
+        config: how models are evaluated.
+        models: by label.
+
+    Raises:
+        BDError: with exit status 2.
+    """
+    paths = _paths(models)
     first = next(iter(paths.values()))
+    for label, path in paths.items():
+        inspect_model(path, option=f"model {label!r}", trust_remote_code=config.trust_remote_code)
     actor = config.actor.model_copy(update={"model_name_or_path": first})
     plan = preflight(config.model_copy(update={"actor": actor}), stages=_STAGES)
     check_models(config, paths, load_tokenizer(first, config))
     return plan
+
+
+def check_machines(config: Config, models: Mapping[str, str], plan: Plan) -> None:
+    """Check that every node of the session sees models and folders, and that actors fit into the GPUs.
+
+    Args:
+        config: how models are evaluated.
+        models: by label.
+        plan: of `check_evaluated`.
+
+    Raises:
+        ResourceError, ClusterError: see `check_nodes`; nothing was written.
+    """
+    for line in check_nodes(config, plan, _paths(models)):
+        console.print(line, highlight=False, markup=False)
 
 
 def run_comparison(config: Config, models: Mapping[str, str], *, resolved_config: str, plan: Plan) -> Path:
@@ -61,23 +99,33 @@ def run_comparison(config: Config, models: Mapping[str, str], *, resolved_config
         The folder (`--ckpt.output_dir`): LABEL.json and LABEL.responses.jsonl of each model.
 
     Raises:
-        ResourceError: the cluster is too small; nothing was written.
+        ResourceError: the cluster is too small, or its nodes do not see the same files; nothing was written.
         BDError: see `evaluate_models`. The same command goes on with the models that are left.
     """
     folder = Path(config.ckpt.output_dir)
     files = labelled_paths(folder, models)
     are_done = all(path.exists() for path in files.values())
     session = nullcontext() if are_done else ray_session(num_gpus=plan.num_gpus)
-    with session as resources, RunFolder.open(folder, _identity(config)):
+    with session as resources:
         if resources is not None:
             check_cluster(config, resources, stages=_STAGES)
-        (folder / CONFIG_FILE).write_text(resolved_config, encoding="utf-8")
-        found = list(zip(models, evaluate_models(config, models, files=files), strict=True))
+            check_machines(config, models, plan)
+        with RunFolder.open(folder, _identity(config)):
+            (folder / CONFIG_FILE).write_text(resolved_config, encoding="utf-8")
+            found = list(zip(models, evaluate_models(config, models, files=files), strict=True))
     datasets = dict.fromkeys(name for _, evaluation in found for name in evaluation.datasets)
     for dataset in datasets:
         console.print(terminal_table(main_table(found, dataset)))
     console.print(f"evaluations: {folder}", highlight=False)
     return folder
+
+
+def _paths(models: Mapping[str, str]) -> dict[str, str]:
+    return {label: EvaluatedModel.parse(text).path for label, text in models.items()}
+
+
+def _files(folder: Path, models: Mapping[str, str]) -> str:
+    return ", ".join(str(path) for path in labelled_paths(folder, models).values())
 
 
 def _identity(config: Config) -> dict[str, Any]:

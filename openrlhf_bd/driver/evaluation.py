@@ -26,7 +26,7 @@ from openrlhf_bd.errors import ConfigError, DataError, RunFolderError
 from openrlhf_bd.evaluation.checker import Checker, load_checker
 from openrlhf_bd.evaluation.evaluate import evaluate_test_sets, is_plain_sampling, num_units
 from openrlhf_bd.evaluation.exposure import ExposureMeter, teacher_answers
-from openrlhf_bd.evaluation.exposure_models import ExposureArguments, ExposureModels
+from openrlhf_bd.evaluation.exposure_models import ExposureModels
 from openrlhf_bd.evaluation.models import EvaluatedModel
 from openrlhf_bd.evaluation.results import Evaluation, evaluation_path, write_responses
 from openrlhf_bd.evaluation.scored import TestData
@@ -148,7 +148,7 @@ def _evaluated(
     check_models(config, {label: model.path for label, model in models.items()}, tokenizer)
     tests = load_test_sets(config, tokenizer)
     checker = load_checker(config.eval.checker) if config.eval.checker else None
-    with _hosts(config, models, tests, vocab_size=len(tokenizer)) as hosts:
+    with _hosts(config, models, tests) as hosts:
         for label, model in models.items():
             evaluation = _evaluate(_configured(config, model), label, model, hosts, tests, tokenizer, checker, files)
             yield label, evaluation
@@ -195,9 +195,7 @@ class _Hosts:
 
 
 @contextmanager
-def _hosts(
-    config: Config, models: Mapping[str, EvaluatedModel], tests: Mapping[str, PromptTable], *, vocab_size: int
-) -> Iterator[_Hosts]:
+def _hosts(config: Config, models: Mapping[str, EvaluatedModel], tests: Mapping[str, PromptTable]) -> Iterator[_Hosts]:
     first = next(iter(models.values())).path
     teacher_name = str(config.teacher.model_name_or_path)
     with ExitStack() as stack:
@@ -212,7 +210,7 @@ def _hosts(
         if config.eval.exposure:
             actors = engine_actors(
                 ExposureModels,
-                ExposureArguments(config, vocab_size),
+                config,
                 num_engines=1,
                 gpus_per_engine=1,
                 environment={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},

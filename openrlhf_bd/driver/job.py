@@ -171,7 +171,8 @@ def _train(config: Config, plan: Plan, folder: RunFolder) -> None:
         assert reader is not None
         stores, schedule = RowStores(str(finished)), offline_schedule(config, reader)
     if validates_by_loss(config):
-        stores = replace(stores, validation=str(write_validation_rows(config, plan.tables["validation"], tokenizer)))
+        validation = write_validation_rows(config, plan.tables["validation"], tokenizer)
+        stores = replace(stores, validation=None if validation is None else str(validation))
     inputs = TrainingInputs(
         stores=stores,
         schedule=schedule,

@@ -27,12 +27,13 @@ from openrlhf_bd.paths import existing_parent, format_bytes
 PROBE_TIMEOUT_S = 120.0
 
 
-def check_nodes(config: Config, plan: Plan) -> list[str]:
+def check_nodes(config: Config, plan: Plan, evaluated: Mapping[str, str] | None = None) -> list[str]:
     """Check what every node of the session's cluster sees of a job, and whether its actors fit into the GPUs.
 
     Args:
         config: the job.
         plan: of its checks.
+        evaluated: further models that engines load, by label.
 
     Returns:
         Lines for the user: what was found, what was left out, warnings.
@@ -42,7 +43,9 @@ def check_nodes(config: Config, plan: Plan) -> list[str]:
         ClusterError: a node did not answer in time.
     """
     device = cluster_device()
-    models = {option: facts.name for option, facts in plan.models.items() if Path(facts.name).is_dir()}
+    named = {option: facts.name for option, facts in plan.models.items()}
+    named |= {f"model {label!r}": name for label, name in (evaluated or {}).items()}
+    models = {option: name for option, name in named.items() if Path(name).is_dir()}
     gpus = view_nodes(shared_folders(config), models, gpus=device == "cuda")
     if device == "cpu":
         return [] if plan.gpu is None else ["GPU memory: not checked, the cluster's GPUs are only numbers"]

@@ -196,6 +196,13 @@ class OnlineTraining(Training):
                 super()._validate(step)
                 self._give_weights(step)
 
+    def _loss_of_references(self, step: int) -> dict[str, float]:
+        with self._engines_off_gpus():
+            found = super()._loss_of_references(step)
+        if self._sleeps:
+            self._on_students("wake_up")
+        return found
+
     def _give_engines(self, step: int, folder: Path) -> None:
         if self._sync is None:
             super()._give_engines(step, folder)

@@ -222,18 +222,18 @@ class Producer:
 
     @contextmanager
     def students_resting(self) -> Iterator[None]:
-        """Inside, the student's engines sample no rows: what was begun is finished first.
+        """Inside, the student's engines sample no rows: what was begun is finished first. It may be nested.
 
         Raises:
             ClusterError, StoreError: see `advance`.
         """
-        self._students_rest = True
+        rested, self._students_rest = self._students_rest, True
         while any(call.kind == "student" for call in self._running.values()):
             self.advance(timeout_s=1.0)
         try:
             yield
         finally:
-            self._students_rest = False
+            self._students_rest = rested
 
     def trained(self, step: int) -> None:
         """The ranks have done a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,11 @@ class Selection:
     tag: str
 
     def is_better_than(self, best: Selection | None) -> bool:
-        """Whether this student takes the place of the best so far: by a lower loss, or by more of anything else."""
-        if best is None:
+        """Whether this student takes the place of the best so far: by a lower loss, or by more of anything else.
+
+        Any number is better than NaN.
+        """
+        if best is None or math.isnan(best.value):
             return True
         return self.value < best.value if self.metric == LOSS else self.value > best.value
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from openrlhf_bd.algorithms.base import Needs
 from openrlhf_bd.config import Config
 from openrlhf_bd.data.limits import teacher_length
-from openrlhf_bd.data.prompts import PromptTable, gold_rollouts
+from openrlhf_bd.data.prompts import PromptTable, gold_rollouts, with_references
 from openrlhf_bd.data.routes import DEFAULT_TEACHER, is_routed, teacher_models
 from openrlhf_bd.driver.engines import teacher_engines
 from openrlhf_bd.driver.manifests import gold_manifest, wanted_manifest
@@ -185,17 +185,23 @@ def _write_gold(
             progress.advance(len(batch))
 
 
-def write_validation_rows(config: Config, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase) -> StorePath:
+def write_validation_rows(config: Config, prompts: PromptTable, tokenizer: PreTrainedTokenizerBase) -> StorePath | None:
     """The validation set's own responses as a store of the run, of which the ranks compute the validation loss.
 
     Args:
-        config: the job.
-        prompts: of the validation set, with references.
+        config: the job; `data.label_key` is given.
+        prompts: of the validation set; those without a reference are left out.
         tokenizer: of the student.
+
+    Returns:
+        The store; None where no prompt has a reference.
 
     Raises:
         StoreError: it cannot be written, or an earlier run's is damaged.
     """
+    prompts = with_references(prompts, str(config.data.label_key))
+    if not prompts.prompts:
+        return None
     path = Path(config.ckpt.output_dir) / VALIDATION_FOLDER
     manifest = gold_manifest(config, prompts, tokenizer)
     if not _is_complete(path, manifest, need_sets=False):

@@ -152,7 +152,7 @@ class Training:
     def _validate(self, step: int) -> None:
         tag = f"best_global_step{step}"
         folder = self._snapshots.path(tag)
-        values = self._loss_of_references(step)
+        values = self._loss_of_references(step) if self._inputs.stores.validation is not None else {}
         if self._engines:
             # They may load the student from its folder.
             self._save_student(step, folder)
@@ -174,8 +174,6 @@ class Training:
 
     def _loss_of_references(self, step: int) -> dict[str, float]:
         """The loss of the validation set's own responses, by the ranks."""
-        if self._inputs.stores.validation is None:
-            return {}
         return {LOSS: self._on_ranks("validation_loss", what=f"the validation loss of step {step}")[0]}
 
     def _scores_of_samples(self, step: int, folder: Path) -> dict[str, float]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,40 +20,34 @@ from openrlhf_bd.records import Rollout
 from openrlhf_bd.student.attention import PER_ROW_SDPA
 from openrlhf_bd.student.live_teacher import LiveTeacher, teacher_dtype
 from openrlhf_bd.student.loading import read_model_config
-from openrlhf_bd.student.model import FAMILIES, StudentModel
+from openrlhf_bd.student.model import FAMILIES, StudentModel, vocabulary_size
 
 # Tokens of one forward pass of each model.
 MICRO_BATCH_TOKENS = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class ExposureArguments:
-    """What the models are loaded with.
-
-    Attributes:
-        config: `teacher.model_name_or_path`, `teacher.dtype`, `eval.exposure_top_p`, `trust_remote_code`.
-        vocab_size: ids that distributions are over: those of the tokenizer, which all models have.
-    """
-
-    config: Config
-    vocab_size: int
-
-
 class ExposureModels:
     """The teacher, and one student at a time. A plain class: an actor hosts it.
 
-    Logits and sums are float32 (float64 where the weights are), whatever the weights' type.
+    Distributions are over the ids that both embeddings have: an engine samples ids that no tokenizer knows too. Logits
+    and sums are float32 (float64 where the weights are), whatever the weights' type.
+
+    Args:
+        config: `teacher.model_name_or_path`, `teacher.dtype`, `eval.exposure_top_p`, `trust_remote_code`.
 
     Raises:
         ConfigError: the teacher's family is not supported.
         DataError: a model cannot be read.
     """
 
-    def __init__(self, arguments: ExposureArguments) -> None:
-        self._config, self._vocab_size = arguments.config, arguments.vocab_size
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = str(self._config.teacher.model_name_or_path)
-        self._teacher = self._loaded(teacher, teacher_dtype(self._config, self._device), role="teacher")
+        teacher = self._read(
+            str(config.teacher.model_name_or_path), teacher_dtype(config, self._device), role="teacher"
+        )
+        self._num_teacher_ids = vocabulary_size(teacher)
+        self._teacher = LiveTeacher(teacher, self._num_teacher_ids)
         self._student: LiveTeacher | None = None
 
     def ready(self) -> bool:
@@ -69,7 +62,10 @@ class ExposureModels:
         """
         self._student = None  # give its memory back first
         dtype: torch.dtype | str = "auto" if self._device.type == "cuda" else torch.float32
-        self._student = self._loaded(model, dtype, role="student")
+        student = self._read(model, dtype, role="student")
+        num_ids = min(self._num_teacher_ids, vocabulary_size(student))
+        self._teacher.fit(num_ids)
+        self._student = LiveTeacher(student, num_ids)
 
     def measure(self, rows: Sequence[ResponseRow]) -> list[RowMeasures]:
         """Measures at every token of some responses, in their order."""
@@ -82,7 +78,7 @@ class ExposureModels:
             )
         ]
 
-    def _loaded(self, name: str, dtype: torch.dtype | str, *, role: str) -> LiveTeacher:
+    def _read(self, name: str, dtype: torch.dtype | str, *, role: str) -> StudentModel:
         hf_config = read_model_config(name, self._config, role=role)
         check_exposed(name, hf_config.model_type)
         model = AutoModelForCausalLM.from_pretrained(
@@ -93,7 +89,7 @@ class ExposureModels:
             dtype=dtype,
             use_safetensors=True,
         )
-        return LiveTeacher(StudentModel(model).to(self._device), self._vocab_size)
+        return StudentModel(model).to(self._device)
 
 
 def compare(

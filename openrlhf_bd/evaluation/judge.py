@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from openrlhf_bd.config import JudgeOptions
+from openrlhf_bd.endpoint import ApiOptions
 from openrlhf_bd.errors import ConfigError, RunFolderError
 from openrlhf_bd.evaluation.judge_asking import Asking, OnProgress
 from openrlhf_bd.evaluation.judge_cache import open_judgements
-from openrlhf_bd.evaluation.judge_client import JudgeClient
+from openrlhf_bd.evaluation.judge_client import JudgeClient, api_options
 from openrlhf_bd.evaluation.judge_prompt import PROMPT_VERSION
 from openrlhf_bd.evaluation.judge_questions import Question, all_questions, both_orders
 from openrlhf_bd.evaluation.judge_responses import Match, choose_responses, find_responses, match_responses
@@ -25,6 +27,9 @@ from openrlhf_bd.evaluation.win_rates import (
     win_rates_path,
 )
 
+# Starts a server for the length of a block.
+Host = Callable[[], AbstractContextManager[ApiOptions]]
+
 _SCORE_OF_A = {"A": 1.0, "Tie": 0.5, "B": 0.0}
 
 
@@ -34,6 +39,7 @@ def judge_pairs(
     options: JudgeOptions,
     output_dir: Path,
     on_progress: OnProgress | None = None,
+    host: Host | None = None,
 ) -> WinRates:
     """Let a judge compare saved responses, and write `judgements.jsonl` and `win_rates.json`.
 
@@ -43,28 +49,37 @@ def judge_pairs(
     Args:
         responses: of each label, the saved responses or their folder (`find_responses`).
         pairs: labels (a, b); a wins and loses.
-        options: the judge, and which responses.
+        options: the judge, by the name that its server knows, and which responses.
         output_dir: made where it is missing.
         on_progress: see `OnProgress`.
+        host: starts the judge's server, entered where there is something to ask; None: that of `options.api_base` runs.
 
     Raises:
         ConfigError: a pair names no responses; the endpoint is none, refuses the key, or has no such model.
         DataError: responses are missing, damaged, or to different prompts; the server refuses the first question.
         RunFolderError: `output_dir` holds other win rates, or another process is judging there.
-        ClusterError: the server did not answer a single question.
+        ClusterError: the server did not answer a single question, or did not start.
     """
     _check_pairs(pairs, responses)
     labels = dict.fromkeys(label for pair in pairs for label in pair)
     found = {label: choose_responses(find_responses(Path(responses[label])), options) for label in labels}
     matches = [match_responses(a, b, found) for a, b in pairs]
-    client = JudgeClient(options)
+    opened: Host = host or _server_of(api_options(options))
     _check_output(output_dir, pairs, options)
     with open_judgements(output_dir) as judgements:
-        asking = Asking(client, judgements, options, on_progress)
-        asyncio.run(asking.run(list(all_questions(matches, options))))
+        asking = Asking(judgements, options, on_progress)
+        questions = list(all_questions(matches, options))
+        if asking.open_questions(questions):
+            with opened() as api:
+                asyncio.run(asking.run(JudgeClient(options, api), questions))
         rates = _win_rates(matches, options, asking)
         rates.write(output_dir)
     return rates
+
+
+def _server_of(api: ApiOptions) -> Host:
+    """One that somebody else started."""
+    return lambda: nullcontext(api)
 
 
 def _win_rates(matches: Sequence[Match], options: JudgeOptions, asking: Asking) -> WinRates:

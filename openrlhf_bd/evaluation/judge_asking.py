@@ -31,7 +31,6 @@ class Asking:
         first_error: of the questions that failed, or None.
     """
 
-    client: JudgeClient
     judgements: Judgements
     options: JudgeOptions
     on_progress: OnProgress | None
@@ -44,27 +43,29 @@ class Asking:
     num_questions: int = 0
     unanswered: int = 0
 
-    async def run(self, questions: Sequence[Question]) -> None:
+    def open_questions(self, questions: Sequence[Question]) -> list[Question]:
+        """Those that are not judged yet."""
+        return [question for question in questions if not self._is_done(question)]
+
+    async def run(self, client: JudgeClient, questions: Sequence[Question]) -> None:
         """Ask what is not judged yet, several questions at once."""
-        open_questions = [question for question in questions if not self._is_done(question)]
+        open_questions = self.open_questions(questions)
         self.num_questions, self.num_done = len(questions), len(questions) - len(open_questions)
         self._report()
-        async with self.client:
-            if not open_questions:
-                return
+        async with client:
             if not self.num_done:
                 # The shortest alone: what is wrong with server, key or options shows at the cost of one request.
                 first = min(open_questions, key=lambda question: len(question.text))
                 open_questions.remove(first)
-                await self._judge(first)
-            await self._share_out(iter(open_questions), min(self.options.concurrency, len(open_questions)))
+                await self._judge(client, first)
+            await self._share_out(client, iter(open_questions), min(self.options.concurrency, len(open_questions)))
 
-    async def _share_out(self, questions: Iterator[Question], num_workers: int) -> None:
+    async def _share_out(self, client: JudgeClient, questions: Iterator[Question], num_workers: int) -> None:
         async def work() -> None:
             for question in questions:
                 if self.stopped is not None:
                     return
-                await self._judge_or_note(question)
+                await self._judge_or_note(client, question)
 
         try:
             async with asyncio.TaskGroup() as workers:
@@ -77,14 +78,14 @@ class Asking:
                 raise error from None
             self.stopped = str(error)
 
-    async def _judge_or_note(self, question: Question) -> None:
+    async def _judge_or_note(self, client: JudgeClient, question: Question) -> None:
         """Judge a question; where the server does not answer it or refuses it, note that and go on.
 
         Raises:
             ClusterError: so many in a row had no answer that the server seems to be gone.
         """
         try:
-            await self._judge(question)
+            await self._judge(client, question)
         except (ClusterError, DataError) as error:
             is_unanswered = isinstance(error, ClusterError)
             self.failed[question.key] = NO_ANSWER if is_unanswered else REFUSED
@@ -93,7 +94,7 @@ class Asking:
             if is_unanswered and self.unanswered >= _MAX_UNANSWERED:
                 raise
 
-    async def _judge(self, question: Question) -> None:
+    async def _judge(self, client: JudgeClient, question: Question) -> None:
         """Ask until an answer is a verdict or was asked for often enough, and keep what came of it."""
         messages = [{"role": "user", "content": question.text}]
         answers: list[Answer] = []
@@ -101,7 +102,7 @@ class Asking:
         while verdict is None and len(answers) < self.options.max_asks:
             if not self._take_request():
                 return
-            answer = await self.client.ask(messages, what=f"prompt {question.answer_a.prompt_id}")
+            answer = await client.ask(messages, what=f"prompt {question.answer_a.prompt_id}")
             self._count(answer)
             answers.append(answer)
             verdict = parse_verdict(answer.text)

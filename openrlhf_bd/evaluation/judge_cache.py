@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from openrlhf_bd.errors import DataError, RunFolderError
 from openrlhf_bd.evaluation.judge_prompt import Verdict
+from openrlhf_bd.paths import existing_parent
 from openrlhf_bd.store.folder import LocalFolder
 
 JUDGEMENTS_FILE = "judgements.jsonl"
@@ -98,10 +99,13 @@ def open_judgements(folder: Path) -> Iterator[Judgements]:
     """Read a folder's judgements, and be the only one to add some while the block runs.
 
     Raises:
-        RunFolderError: another process is judging there.
+        RunFolderError: another process is judging there, or it is a file.
         DataError: a line is damaged.
         OSError: the folder cannot be made or written to.
     """
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        raise RunFolderError(f"--output_dir {folder}: {existing} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     # The folder's own lock is its run's, which may be this very process.
     descriptor = os.open(folder, os.O_RDONLY)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import httpx
-from openai import AsyncOpenAI, NotFoundError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, NotFoundError
 from pydantic import BaseModel, Field
 
 from openrlhf_bd.config import JudgeOptions
@@ -60,20 +60,19 @@ class JudgeClient:
     """One judge. Use it as an asynchronous context, which closes its connections.
 
     Args:
-        options: which judge, and where.
-
-    Raises:
-        ConfigError: the URL is none, or OpenAI's own server is to be asked without a key.
+        options: which judge.
+        api: where it is.
     """
 
-    def __init__(self, options: JudgeOptions) -> None:
-        self._api = api_options(options)
+    def __init__(self, options: JudgeOptions, api: ApiOptions) -> None:
+        self._api = api
         self._model, self._constrained = options.model, options.constrained
         self._client = AsyncOpenAI(
             base_url=self._api.base_url,
             api_key=self._api.key,
             timeout=self._api.timeout_s,
             max_retries=self._api.max_retries,
+            http_client=DefaultAsyncHttpxClient(trust_env=not api.direct),
         )
 
     async def __aenter__(self) -> JudgeClient:

@@ -197,7 +197,9 @@ def scores_by_prompt(path: Path, evaluation: Evaluation) -> ScoresByPrompt:
     for response in read_responses(path):
         name = names.get((response.test_set, response.top_p))
         if name is not None and response.rouge_l is not None:
-            found.setdefault(name, {}).setdefault(response.prompt_id, []).append(response.rouge_l)
+            # Another file of the same name has other prompts under the same ids.
+            prompt = f"{response.prompt_id} {response.instruction}\n{response.input}"
+            found.setdefault(name, {}).setdefault(prompt, []).append(response.rouge_l)
     return found
 
 

@@ -187,12 +187,13 @@ def terminal_table(table: MainTable) -> Table:
         title = score.title.replace(" ", "\n")
         rendered.add_column(Text(f"{title}{arrow}\n{score.unit}"), justify="right", no_wrap=True, vertical="bottom")
     for row in table.rows:
-        cells = [_terminal_cell(table.scores[column], row.cells[column]) for column in shown]
+        cells = [terminal_cell(table.scores[column], row.cells[column]) for column in shown]
         rendered.add_row(Text(row.label), *cells, style="dim" if row.is_reference else "")
     return rendered
 
 
-def _terminal_cell(score: Score, cell: Cell) -> Text:
+def terminal_cell(score: Score, cell: Cell) -> Text:
+    """One score as the terminal shows it: best in bold, a ≈ before those that may be as good."""
     if cell.estimate is None:
         return Text("-")
     # Tighter than in the report, without the spread of scores that are not compared: it is to fit into 80 columns.

@@ -15,6 +15,7 @@ from openrlhf_bd.experiments.record import PipelineRecord
 if TYPE_CHECKING:
     from openrlhf_bd.experiments.running import Run
 
+_SHOWN = 3
 _STYLES = {"finished": "green", "resumes": "yellow", "new": ""}
 
 
@@ -71,6 +72,12 @@ def final_table(run: Run, ran: Collection[str], record: PipelineRecord) -> Table
         state = "finished" if name in ran else "reused"
         table.add_row(stage.folder.name, stage.kind, state, f"{seconds:,.0f}" if seconds is not None else "")
     return table
+
+
+def some_of(names: Sequence[str]) -> str:
+    """ "a, b, c and 59 more"."""
+    shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from openrlhf_bd.cli.flags import resolved_yaml
@@ -12,6 +11,7 @@ from openrlhf_bd.driver.job import say_reused
 from openrlhf_bd.driver.run_folder import CONFIG_FILE, RUN_FILE, RunFolder, run_identity
 from openrlhf_bd.evaluation.results import labelled_paths, responses_path
 from openrlhf_bd.experiments.stages import Stage
+from openrlhf_bd.store.files import write_text
 
 # In the identity of a stage's folder: what decides the scores of each model, by label.
 _MODELS = "models"
@@ -36,7 +36,7 @@ def evaluate_stage(stage: Stage) -> None:
             if not file.exists() and (earlier := _earlier(stage, label)) is not None:
                 # The responses first: scores that are there are finished.
                 for source, target in ((responses_path(earlier), responses_path(file)), (earlier, file)):
-                    shutil.copyfile(source, target)
+                    write_text(target, source.read_text(encoding="utf-8"))
                 say_reused(f"evaluation of {label}", str(earlier))
         evaluate_models(stage.config, stage.models, files=files)
 

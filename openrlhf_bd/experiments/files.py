@@ -12,6 +12,7 @@ from openrlhf_bd.cli.options import section_options
 from openrlhf_bd.cli.yaml_files import Given, given_options, given_section, parse_yaml, place_of, read_config_file
 from openrlhf_bd.config import JudgeOptions
 from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.evaluation.published import published as find_published
 from openrlhf_bd.experiments.schema import ExperimentFields, Kind, StageFields
 from openrlhf_bd.experiments.yaml_fields import child, read_fields
 from openrlhf_bd.paths import nearest_path_hint
@@ -92,6 +93,8 @@ def _collect(path: Path, stages: dict[str, StageSpec], published: list[str], *, 
     fields, root = read_fields(path, ExperimentFields, asked_by=asked_by)
     for name in fields.include:
         _collect(path.parent / name, stages, published, seen=(*seen, path.resolve()))
+    for figures in fields.published:
+        _check_published(figures, place_of(path, child(root, "published")))
     published += fields.published
     for name, stage in fields.stages.items():
         spec = _stage(path, name, stage, child(root, "stages", name))
@@ -101,6 +104,14 @@ def _collect(path: Path, stages: dict[str, StageSpec], published: list[str], *, 
                 f"{spec.where}: stage {name} is another than the one at {other.where}; give one of them another name, "
                 "or say it once and include that file"
             )
+
+
+def _check_published(name: str, where: str) -> None:
+    """The report would find out after all stages."""
+    try:
+        find_published(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _stage(path: Path, name: str, fields: StageFields, node: yaml.Node) -> StageSpec:

@@ -53,9 +53,18 @@ def model_identity(text: str, digests: InputDigests) -> str:
 _JUDGE = {"model", "test_set", "seed", "top_p", "constrained"}
 
 
-def judge_identity(options: JudgeOptions, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What decides the win rates of a judge, beside the responses."""
-    return {**options.model_dump(mode="json", include=_JUDGE), "pairs": [list(pair) for pair in pairs]}
+def judge_identity(options: JudgeOptions, pairs: Sequence[tuple[str, str]], digests: InputDigests) -> dict[str, Any]:
+    """What decides the win rates of a judge, beside the responses.
+
+    Args:
+        options: of the judge, with `stage:KEY` where it refers to a stage.
+        pairs: that are compared.
+        digests: of local files.
+    """
+    identity = {**options.model_dump(mode="json", include=_JUDGE), "pairs": [list(pair) for pair in pairs]}
+    if options.serve is not None:
+        identity["model"] = {"serve": model_identity(options.serve, digests)}
+    return identity
 
 
 def _data(entry: str, digests: InputDigests) -> str:

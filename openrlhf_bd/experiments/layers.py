@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from openrlhf_bd.cli.flags import build_config, section_from_given
+from openrlhf_bd.algorithms.registry import resolve_algorithm
+from openrlhf_bd.cli.flags import COMMAND_LINE, build_config, section_from_given
 from openrlhf_bd.cli.options import nearest
 from openrlhf_bd.cli.yaml_files import Given
 from openrlhf_bd.config import Config, JudgeOptions
@@ -20,6 +21,8 @@ from openrlhf_bd.experiments.schema import JUDGE, Kind
 Mode = Literal["offline", "online"]
 
 STORE = "teacher.store_path"
+# Of a judge: the model that is hosted while it judges.
+SERVE = "serve"
 _MODE = "algo.distill.mode"
 # What each kind of job reads of the options, and what not of these, by the beginnings of their names. The others, of
 # pieces that several kinds share, are left out, so that they decide nothing there.
@@ -86,6 +89,22 @@ def layered_stages(experiment: Experiment, scale: Scale, flags: Mapping[str, Giv
     return ordered
 
 
+def unread_flags(stages: Sequence[Layered], flags: Mapping[str, Given]) -> list[str]:
+    """Names of the flags that reach no stage: of a judge where there is none, of training where nothing is trained.
+
+    Args:
+        stages: all of the experiment.
+        flags: dotted flags of the command line.
+    """
+    read = {
+        (JUDGE if stage.judge is not None else "") + name
+        for stage in stages
+        for name, item in stage.given.items()
+        if item.where == COMMAND_LINE
+    }
+    return [name for name in flags if name not in read]
+
+
 def _given(spec: StageSpec, scale: Scale, flags: Mapping[str, Given]) -> dict[str, Given]:
     if spec.kind == "judge":
         own = {name.removeprefix(JUDGE): item for name, item in flags.items() if name.startswith(JUDGE)}
@@ -103,9 +122,14 @@ def _layered(spec: StageSpec, given: Mapping[str, Given]) -> Layered:
     for text in (*spec.fields.models.values(), spec.fields.evaluation or ""):
         for reference in parse_references(text, spec.where):
             uses.setdefault(reference, spec.where)
-    if spec.kind == "judge":
-        return Layered(spec, given, uses, Config(), section_from_given(JudgeOptions, given))
-    return Layered(spec, given, uses, build_config(dict(given)), None)
+    try:
+        if spec.kind == "judge":
+            return Layered(spec, given, uses, Config(), section_from_given(JudgeOptions, given))
+        config = build_config(dict(given))
+        resolve_algorithm(config.algo.distill.name)
+        return Layered(spec, given, uses, config, None)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (stage {spec.name} at {spec.where})") from None
 
 
 def _switched(stages: Mapping[str, Layered]) -> dict[str, Layered]:
@@ -120,8 +144,6 @@ def _switched(stages: Mapping[str, Layered]) -> dict[str, Layered]:
 
 
 def _online(stage: Layered) -> Layered:
-    from openrlhf_bd.algorithms.registry import resolve_algorithm
-
     distill = stage.template.algo.distill
     if stage.spec.kind != "train" or distill.mode != "offline":
         return stage
@@ -164,12 +186,17 @@ def _order(stages: Mapping[str, Layered]) -> list[str]:
 def _check_judge(stage: Layered, options: JudgeOptions, stages: Mapping[str, Layered]) -> None:
     """What a judge compares must be what an evaluation stage samples."""
     where = stage.spec.where
-    judged = [stages[name] for name in stage.depends_on]
+    judged = [stages[other.name] for other in parse_references(stage.spec.fields.evaluation or "", where)]
     if len(judged) != 1 or judged[0].spec.kind != "evaluate":
         raise ConfigError(
             f"{where}: evaluation is {stage.spec.fields.evaluation!r}; expected ${{stages.NAME}} of a stage of kind "
             "evaluate"
         )
+    for reference in parse_references(options.serve or "", where):
+        if reference.kind == "stages" and (kind := stages[reference.name].spec.kind) != "train":
+            raise ConfigError(
+                f"{stage.given[SERVE].where}: serve is {reference}, a stage of kind {kind}; expected one of kind train"
+            )
     evaluation, config = judged[0].spec, judged[0].template.eval
     labels = list(evaluation.fields.models)
     for label in (label for pair in stage.spec.fields.pairs for label in pair):

@@ -9,7 +9,7 @@ from pathlib import Path
 from openrlhf_bd.cli.yaml_files import Given
 from openrlhf_bd.experiments.digests import InputDigests
 from openrlhf_bd.experiments.files import Experiment, read_experiment
-from openrlhf_bd.experiments.layers import Layered, Mode, layered_stages, selected
+from openrlhf_bd.experiments.layers import Layered, Mode, layered_stages, selected, unread_flags
 from openrlhf_bd.experiments.references import Reference
 from openrlhf_bd.experiments.scales import FOLDER, Scale, built_inputs, named_inputs, read_scale
 from openrlhf_bd.experiments.stages import Stage, keyed_stages
@@ -45,12 +45,14 @@ class Checked:
         scale: what models and data are.
         layered: all stages, in an order in which each comes after those that it refers to.
         asked: names of those that are to be run.
+        unread: flags that no stage reads.
     """
 
     experiment: Experiment
     scale: Scale
     layered: list[Layered]
     asked: list[str]
+    unread: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,9 @@ def check_options(path: Path, request: Request) -> Checked:
     """
     experiment = read_experiment(path)
     scale = read_scale(request.scale, beside=path.parent)
-    layered = layered_stages(experiment, scale, request.flags or {}, request.mode)
-    return Checked(experiment, scale, layered, selected(layered, request.only))
+    flags = request.flags or {}
+    layered = layered_stages(experiment, scale, flags, request.mode)
+    return Checked(experiment, scale, layered, selected(layered, request.only), unread_flags(layered, flags))
 
 
 def prepare(checked: Checked, request: Request, digests: InputDigests, *, inputs_dir: Path) -> Prepared:

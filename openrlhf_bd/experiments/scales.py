@@ -104,6 +104,11 @@ class Inputs:
             ConfigError: the scale has no such model or data set.
         """
         known = self.models if reference.kind == "models" else self.data
+        if not self.models and not self.data:
+            raise ConfigError(
+                f"{where}: {reference}: no scale says what that is; expected {FOLDER}/{DEFAULT_SCALE}.yaml beside the "
+                "experiment file (docs/reproduce.md), or a path in the place of the reference"
+            )
         if reference.name not in known:
             guess = nearest(reference.name, known)
             hint = f"; did you mean {guess}?" if guess else f"; it has {', '.join(known) or 'none'}"

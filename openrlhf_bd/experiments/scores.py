@@ -1,19 +1,24 @@
-"""Tables of scores on the terminal: one for each group and test set of an experiment."""
+"""Scores on the terminal: one table for each group of an experiment; the report has everything else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from openrlhf_bd.evaluation.results import Evaluation, labelled_paths
-from openrlhf_bd.evaluation.tables import main_table, terminal_table
+from openrlhf_bd.evaluation.tables import MainTable, main_table, terminal_cell
+
+CAPTION = "mean±std over seeds; bold: best; ≈: its 95 % interval overlaps the best one's"
 
 
 def score_tables(view: Mapping[str, Any]) -> Iterator[Table]:
-    """A table of each group and test set, of the models that were evaluated.
+    """A table of each group: its models by test sets and nuclei, in Rouge-L (without references: the first score).
 
     Args:
         view: of an experiment, see `PipelineRecord.view`.
@@ -25,11 +30,35 @@ def score_tables(view: Mapping[str, Any]) -> Iterator[Table]:
     for group, stages in groups.items():
         evaluations = {label: found for stage in stages for label, found in _evaluations(stage)}
         references = [label for stage in stages for label in stage["reference"] if label in evaluations]
-        for dataset in dict.fromkeys(name for found in evaluations.values() for name in found.datasets):
-            with_it = [(label, found) for label, found in evaluations.items() if dataset in found.datasets]
-            table = terminal_table(main_table(with_it, dataset, reference_labels=references))
-            table.title = f"{group}: {dataset}"
-            yield table
+        datasets = dict.fromkeys(name for found in evaluations.values() for name in found.datasets)
+        if datasets:
+            tables = [main_table([*evaluations.items()], name, reference_labels=references) for name in datasets]
+            yield _group_table(group, tables, {label: label in references for label in evaluations})
+
+
+def _group_table(group: str, tables: list[MainTable], labels: Mapping[str, bool]) -> Table:
+    """Args: the group's name, what was found on each test set, and of each label whether it is for reference."""
+    title = dict.fromkeys(f"{table.scores[0].title} ({table.scores[0].unit})" for table in tables)
+    shown = Table(
+        title=f"{group}: {' or '.join(title)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        show_edge=False,
+    )
+    shown.add_column("model", overflow="fold")
+    for table in tables:
+        shown.add_column(Text(table.dataset.replace(", ", "\n")), justify="right", no_wrap=True)
+    for label, is_reference in labels.items():
+        cells = [_cell(table, label) for table in tables]
+        shown.add_row(Text(label), *cells, style="dim" if is_reference else "")
+    return shown
+
+
+def _cell(table: MainTable, label: str) -> Text:
+    # One digit: three test sets with two nuclei each are to fit into 80 columns.
+    found = [row.cells[0] for row in table.rows if row.label == label]
+    return terminal_cell(replace(table.scores[0], digits=1), found[0]) if found else Text("-")
 
 
 def _evaluations(stage: Mapping[str, Any]) -> Iterator[tuple[str, Evaluation]]:

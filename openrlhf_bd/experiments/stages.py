@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openrlhf_bd.cli.flags import build_config
+from openrlhf_bd.cli.flags import build_config, section_from_given
 from openrlhf_bd.cli.yaml_files import Given
 from openrlhf_bd.config import Config, JudgeOptions
 from openrlhf_bd.experiments.digests import InputDigests
 from openrlhf_bd.experiments.keys import KEY_LENGTH, STAGE_PREFIX, judge_identity, keyed_identity, model_identity
-from openrlhf_bd.experiments.layers import STORE, Layered
+from openrlhf_bd.experiments.layers import SERVE, STORE, Layered
 from openrlhf_bd.experiments.references import Reference, parse_references, substitute, substitute_options
 from openrlhf_bd.experiments.scales import Inputs
 from openrlhf_bd.experiments.schema import Kind, StageFields
@@ -27,7 +27,7 @@ class StandIn:
 
     Attributes:
         config: of the job.
-        models: evaluate: folder or name of each model, by label.
+        models: evaluate: folder or name of each model, by label; judge: that of the judge that is served, as `serve`.
     """
 
     config: Config
@@ -108,7 +108,8 @@ def _keyed(stage: Layered, done: Mapping[str, Stage], inputs: Inputs, digests: I
     }
     decisive: dict[str, Any] = {"kind": fields.kind, "options": identity, "models": model_keys}
     if stage.judge is not None:
-        judge = judge_identity(stage.judge, fields.pairs)
+        options = section_from_given(JudgeOptions, substitute_options(stage.given, by_key))
+        judge = judge_identity(options, fields.pairs, digests)
         decisive = {"kind": fields.kind, "judge": judge, "evaluation": substitute(str(fields.evaluation), by_key)}
     key = fingerprint_json(decisive)
     folder = _folder(stage.spec.name, key, done, output_dir)
@@ -120,7 +121,7 @@ def _keyed(stage: Layered, done: Mapping[str, Stage], inputs: Inputs, digests: I
         folder=folder,
         depends_on=stage.depends_on,
         config=build_config({**substitute_options(given, by_folder), **own_folder}),
-        judge=stage.judge,
+        judge=section_from_given(JudgeOptions, substitute_options(stage.given, by_folder)) if stage.judge else None,
         models={label: substitute(path, by_folder) for label, path in fields.models.items()},
         model_keys=model_keys,
         evaluation=Path(substitute(fields.evaluation, by_folder)) if fields.evaluation else None,
@@ -142,8 +143,6 @@ def _stand_in(
     by_start: Callable[[Reference], str],
 ) -> StandIn | None:
     # Rows that are not there yet are looked at when it is the stage's turn.
-    if stage.judge is not None:
-        return None
     given = {
         name: item
         for name, item in stage.given.items()
@@ -158,6 +157,9 @@ def _stand_in(
     }
     if any(_starting_model(done[name]) is None for name in referred):
         return None
+    if stage.judge is not None:
+        served = stage.judge.serve
+        return StandIn(stage.template, {} if served is None else {SERVE: substitute(served, by_start)})
     config = build_config({**substitute_options(given, by_start), **own_folder})
     return StandIn(config, {label: substitute(path, by_start) for label, path in stage.spec.fields.models.items()})
 

@@ -6,6 +6,7 @@ folder that is there already is used as it is.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from openrlhf_bd.config import Count, PositiveInt, Section
 from openrlhf_bd.demo.corpus import as_document, choose_families, generate_split, write_jsonl
 from openrlhf_bd.demo.models import TEACHER_FOLDER
 from openrlhf_bd.errors import ConfigError
+from openrlhf_bd.store.files import write_text
 
 # Wider than the families' own: models this narrow learn markedly faster from it.
 _INITIAL_SPREAD = 0.06
@@ -51,7 +53,8 @@ Tasks = Annotated[list[str] | None, AfterValidator(_known)]
 class ToyModel(Section):
     """A model at toy width.
 
-    `base: demo_teacher` is the trained teacher that the package ships, a Qwen2 model, as it is.
+    `base: demo_teacher` is the trained teacher that the package ships, a Qwen2 model. Its positions are rotations and
+    have no weights: `max_len` alone says how many it takes, whatever lengths it was trained at.
     """
 
     family: Literal["gpt2", "opt", "qwen2"] = Field(description="architecture: that of the model it stands for")
@@ -165,6 +168,9 @@ def _whole(folder: Path, write: Callable[[Path], None]) -> Path:
 def _write_model(model: ToyModel, folder: Path) -> None:
     if model.base == "demo_teacher":
         shutil.copytree(TEACHER_FOLDER, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["max_position_embeddings"] = model.max_len
+        write_text(folder / "config.json", json.dumps(config, indent=2))
         return
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(TEACHER_FOLDER))

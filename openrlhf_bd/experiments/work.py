@@ -9,14 +9,13 @@ from openrlhf_bd.algorithms.registry import resolve_algorithm
 from openrlhf_bd.cli.flags import resolved_yaml
 from openrlhf_bd.config import Config
 from openrlhf_bd.driver import job
-from openrlhf_bd.driver.evaluation_checks import check_models
-from openrlhf_bd.driver.models import load_tokenizer
+from openrlhf_bd.driver.comparison import check_evaluated, check_machines
+from openrlhf_bd.driver.judge_server import check_serving_cluster
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.resources import Stage as JobStage
 from openrlhf_bd.driver.resources import check_cluster, stage_actors, takes_part
 from openrlhf_bd.driver.run_folder import RunFolder
 from openrlhf_bd.driver.teacher_data import rows_path
-from openrlhf_bd.evaluation.models import EvaluatedModel
 from openrlhf_bd.experiments.evaluating import evaluate_stage, evaluation_finished
 from openrlhf_bd.experiments.judging import check_judge, judge_stage, judging_finished
 from openrlhf_bd.experiments.stages import Stage
@@ -121,16 +120,17 @@ class EvaluateWork(Work):
 
     def check(self, *, inputs_ready: bool) -> Sequence[str]:
         if inputs_ready:
-            return _check_evaluation(self.stage.config, self.stage.models)
+            return check_evaluated(self.stage.config, self.stage.models).warnings
         if self.stage.stand_in is None:
             return []
-        return _check_evaluation(self.stage.stand_in.config, self.stage.stand_in.models)
+        return check_evaluated(self.stage.stand_in.config, self.stage.stand_in.models).warnings
 
     def check_cluster(self, resources: Mapping[str, float]) -> None:
         check_cluster(self.stage.config, resources, stages=("evaluate",))
 
     def run(self) -> None:
-        _check_evaluation(self.stage.config, self.stage.models)
+        plan = check_evaluated(self.stage.config, self.stage.models)
+        check_machines(self.stage.config, self.stage.models, plan)
         evaluate_stage(self.stage)
 
     @property
@@ -139,24 +139,26 @@ class EvaluateWork(Work):
 
 
 class JudgeWork(Work):
-    """A judge's verdicts on pairs of models. It needs a server, and nothing of the cluster."""
+    """A judge's verdicts on pairs of models. Of the cluster it needs what a judge takes that is served here."""
 
     def finished(self) -> bool:
         return judging_finished(self.stage)
 
     def check(self, *, inputs_ready: bool) -> Sequence[str]:
-        check_judge(self.stage)
+        check_judge(self.stage, inputs_ready=inputs_ready)
         return []
 
     def check_cluster(self, resources: Mapping[str, float]) -> None:
-        pass
+        assert self.stage.judge is not None
+        check_serving_cluster(self.stage.judge, resources)
 
     def run(self) -> None:
         judge_stage(self.stage)
 
     @property
     def num_gpus(self) -> int:
-        return 0
+        assert self.stage.judge is not None
+        return 0 if self.stage.judge.serve is None else self.stage.judge.serve_gpus
 
     @property
     def begun(self) -> bool:
@@ -172,16 +174,6 @@ def work_of(stage: Stage) -> Work:
     if stage.kind == "evaluate":
         return EvaluateWork(stage)
     return JudgeWork(stage)
-
-
-def _check_evaluation(config: Config, models: Mapping[str, str]) -> Sequence[str]:
-    """All checks of an evaluation, with the tokenizer of the first model, which is that of all."""
-    first = EvaluatedModel.parse(next(iter(models.values()))).path
-    actor = config.actor.model_copy(update={"model_name_or_path": first})
-    plan = preflight(config.model_copy(update={"actor": actor}), stages=("evaluate",))
-    paths = {label: EvaluatedModel.parse(model).path for label, model in models.items()}
-    check_models(config, paths, load_tokenizer(first, config))
-    return plan.warnings
 
 
 def _gpus(config: Config, part: JobStage) -> int:

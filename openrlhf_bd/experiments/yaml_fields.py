@@ -8,11 +8,21 @@ from typing import TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from openrlhf_bd.cli.options import nearest
 from openrlhf_bd.cli.yaml_files import construct, parse_yaml, place_of
 from openrlhf_bd.errors import ConfigError
 
+# In the place of pydantic's words, by the type of its error.
+_EXPECTED = {
+    "dict_type": "a mapping",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "string_pattern_mismatch": "letters, digits, '.', '_' and '-', with a letter or digit first",
+    "string_type": "text",
+}
+_SCALARS = (str, int, float, bool, type(None))
 Fields = TypeVar("Fields", bound=BaseModel)
 
 
@@ -74,9 +84,16 @@ def _message(path: Path, root: yaml.MappingNode, model: type[BaseModel], error: 
         guess = nearest(key, fields)
         hint = f"; did you mean {guess}?" if guess else f"; expected one of {', '.join(fields)}"
         return f"{place_of(path, _key_node(root, location))}: {key} is not a key of {_named(above)}{hint}"
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    reason = reason[0].lower() + reason[1:]
-    return f"{place_of(path, _key_node(root, location))}: {_named(location)}: {reason}"
+    return f"{place_of(path, _key_node(root, location))}: {_named(location)}: {_reason(first)}"
+
+
+def _reason(error: ErrorDetails) -> str:
+    """What is wrong with a value, in the words of our other messages."""
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    expected = _EXPECTED.get(error["type"]) or str(error["msg"]).removeprefix("Input should be ")
+    found = error["input"]
+    return f"found {found!r}, expected {expected}" if isinstance(found, _SCALARS) else f"expected {expected}"
 
 
 def _named(location: Sequence[str]) -> str:

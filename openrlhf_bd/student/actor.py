@@ -187,7 +187,7 @@ class StudentRankImpl(BaseModelActor):
 
         Of the running average with --train.enable_ema. Training goes on as if it had not been computed.
         """
-        with self._selected_weights():
+        with self._spans.span("validate"), self._selected_weights():
             return self._step.mean_nll(chain.from_iterable(self._data.validation()))
 
     def save_checkpoint(

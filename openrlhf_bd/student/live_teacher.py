@@ -37,8 +37,13 @@ class LiveTeacher:
 
     def __init__(self, model: StudentModel, vocab_size: int) -> None:
         self._model = model.requires_grad_(False).eval()
-        output = model.model.get_output_embeddings()
-        output.weight, output.bias = _fitted(output.weight, output.bias, vocab_size)
+        self._output = model.model.get_output_embeddings()
+        self._whole = self._output.weight, self._output.bias
+        self.fit(vocab_size)
+
+    def fit(self, vocab_size: int) -> None:
+        """Give it another vocabulary; heads that it gave before keep theirs."""
+        self._output.weight, self._output.bias = _fitted(*self._whole, vocab_size)
 
     @torch.no_grad()
     def head(self, tokens: TokenBatch) -> StudentHead:

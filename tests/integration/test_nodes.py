@@ -103,3 +103,25 @@ def test_job_ends_before_it_takes_anything(nodes: Nodes) -> None:
     assert f"--ckpt.output_dir {nodes.hidden}/run: node 127.0.0.3 does not see" in " ".join(done.stdout.split())
     assert "starting" not in done.stdout
     assert not (nodes.hidden / "run").exists()
+
+
+def test_evaluation_ends_before_it_takes_anything(nodes: Nodes) -> None:
+    """A model that is evaluated and that one node lacks is named by its label, before an engine starts."""
+    flags = {
+        "models": f"One={nodes.shared / 'model'},Two={nodes.hidden / 'model'}",
+        "data.input_key": "instruction",
+        "data.label_key": "output",
+        "data.max_len": "160",
+        "eval.test_datasets": f"test={nodes.shared / 'corpus' / 'test.jsonl'}",
+        "ckpt.output_dir": str(nodes.shared / "evaluation"),
+    }
+    done = run_job(
+        *(word for name, value in flags.items() for word in (f"--{name}", value)),
+        module="openrlhf_bd.cli.evaluate",
+        environment=nodes.cluster.env | {"RAY_ADDRESS": nodes.cluster.address},
+    )
+    assert done.returncode == 2, done.stdout
+    output = " ".join(done.stdout.split())
+    assert f"model 'Two' {nodes.hidden}/model: is missing on node 127.0.0.3" in output
+    assert "starting" not in output
+    assert not (nodes.shared / "evaluation").exists()

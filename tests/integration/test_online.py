@@ -13,6 +13,8 @@ from timelines import check_timeline
 from tiny_job import job_flags, run_job, write_inputs
 from transformers import AutoModelForCausalLM
 
+from openrlhf_bd.engines.spans import MERGE_GAP_S
+from openrlhf_bd.evaluation.timeline import RANKS, STUDENT, read_timeline
 from openrlhf_bd.evaluation.utilisation import utilisation
 from openrlhf_bd.records import Rollout
 from openrlhf_bd.store import StoreReader
@@ -202,3 +204,27 @@ def test_offline_rows_first_then_strictly_on_policy(inputs: Path) -> None:
     again = run_job(*job_flags(inputs, folder, **options))
     assert again.returncode == 74, again.stdout
     assert f"{shard}: its content is not what was sealed ({BATCH} rows: " in again.stdout
+
+
+def test_engines_rest_while_references_are_read(inputs: Path) -> None:
+    """On the ranks' GPUs no row is sampled while the ranks compute the validation loss, as while they train."""
+    references = (inputs / "corpus" / "validation.jsonl").read_text(encoding="utf-8")
+    (inputs / "many.jsonl").write_text(references * 40, encoding="utf-8")
+    options = ONLINE | {
+        "algo__distill__rollout": "student",
+        "algo__distill__max_staleness": "1",
+        "train__colocate_all": "true",
+        "train__max_steps": "5",
+        "eval__dataset": str(inputs / "many.jsonl"),
+        "eval__steps": "1",
+        "ckpt__best_metric_key": "loss",
+    }
+    timeline = read_timeline(run(inputs, "beside", **options))
+    assert timeline is not None
+    assert len(timeline.of(RANKS, "validate")) == 5
+    sampling = [span for lane in timeline.lanes if lane.startswith(STUDENT) for span in timeline.of(lane, "generate")]
+    assert sampling
+    for ranks in timeline.of(RANKS, "train", "validate"):
+        for engine in sampling:
+            # Calls of an engine that are nearer to each other than this are one span.
+            assert min(ranks.end_s, engine.end_s) - max(ranks.start_s, engine.start_s) < MERGE_GAP_S

@@ -14,12 +14,15 @@ from openrlhf_bd.cli.flags import main_guard, parse_config
 from openrlhf_bd.cli.main import main
 from openrlhf_bd.driver.comparison import check_comparison
 from openrlhf_bd.driver.engine_limits import check_head_sizes
+from openrlhf_bd.driver.models import load_tokenizer
 from openrlhf_bd.driver.preflight import preflight
 from openrlhf_bd.driver.rank_memory import held_teacher_bytes, rank_bytes
 from openrlhf_bd.driver.resources import check_cluster
+from openrlhf_bd.driver.teacher_data import write_validation_rows
 from openrlhf_bd.driver.teachers import tokenizer_differences
 from openrlhf_bd.errors import ConfigError, DataError, ResourceError
 from openrlhf_bd.paths import format_bytes
+from openrlhf_bd.store import StoreReader
 
 TOKENIZER = Path(openrlhf_bd.demo.__file__).parent / "teacher"
 RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
@@ -538,7 +541,7 @@ def test_output_folder_that_cannot_be_written(room, monkeypatch):
 
 def test_nothing_to_do(room):
     """A stage that the job does not have is no silent success."""
-    with pytest.raises(ConfigError, match="nothing to do"):
+    with pytest.raises(ConfigError, match=r"nothing to evaluate: --eval\.test_datasets is not given"):
         preflight(config_of("--eval.test_datasets", "none"), stages=["evaluate"])
 
 
@@ -716,6 +719,30 @@ def test_references_that_the_validation_loss_cuts(room):
     (room / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*RECORDS, long]), "utf-8")
     lines = preflight(config_of(), stages=["train"]).data_sets
     assert any("validation loss: 1 of 21 references are cut" in line for line in lines)
+
+
+def test_validation_records_without_a_reference(room):
+    """With --eval.missing_references skip the validation loss is over the others; where there is none, nothing that
+    references decide can select the student."""
+
+    def write(*records):
+        (room / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records), "utf-8")
+
+    unanswered = {"instruction": "Say it.", "input": ""}
+    write(unanswered, *RECORDS)
+    skip = ("--eval.missing_references", "skip", "--eval.test_datasets", "none")
+    config = config_of(*skip)
+    plan = preflight(config, stages=["train"])
+    assert any("validation loss: over the 20 of 21 prompts with a reference" in line for line in plan.data_sets)
+    store = write_validation_rows(config, plan.tables["validation"], load_tokenizer("student", config))
+    rows = StoreReader(store)
+    assert [row.row_id for row in rows.rollouts(range(len(rows)))] == [f"{i:08d}:0" for i in range(1, 21)]
+    write(unanswered)
+    checked = (*skip, "--eval.checker", "builtins:bool")
+    for metric in ("rouge_l", "loss"):
+        with pytest.raises(ConfigError, match=f"best_metric_key is '{metric}'.* no record of validation.jsonl has a"):
+            preflight(config_of(*checked, "--ckpt.best_metric_key", metric), stages=["train"])
+    preflight(config_of(*checked, "--ckpt.best_metric_key", "accuracy"), stages=["train"])
 
 
 def test_disk_space_of_pretraining_blocks(room):

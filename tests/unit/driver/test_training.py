@@ -104,3 +104,12 @@ def test_which_student_is_better(metric: str, expected: list[bool]) -> None:
     found = [Selection(metric, value, 2, "best_global_step2") for value in (1.5, 2.0, 2.5)]
     assert [student.is_better_than(best) for student in found] == expected
     assert all(student.is_better_than(None) for student in found)
+
+
+@pytest.mark.parametrize("metric", ["loss", "rouge_l"])
+def test_a_loss_that_is_no_number_is_never_kept(metric: str) -> None:
+    """Any number takes the place of NaN, and NaN that of nothing."""
+    lost = Selection(metric, float("nan"), 1, "best_global_step1")
+    found = Selection(metric, 2.0, 2, "best_global_step2")
+    assert found.is_better_than(lost)
+    assert not lost.is_better_than(found)

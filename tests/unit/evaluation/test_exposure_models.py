@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from openrlhf_bd.config import Config
 from openrlhf_bd.demo.models import TEACHER_FOLDER
 from openrlhf_bd.errors import ConfigError
 from openrlhf_bd.evaluation.exposure import ResponseRow, exposure_of
-from openrlhf_bd.evaluation.exposure_models import ExposureArguments, ExposureModels, check_exposed, compare
+from openrlhf_bd.evaluation.exposure_models import ExposureModels, check_exposed, compare
 from openrlhf_bd.student.attention import PER_ROW_SDPA
 from openrlhf_bd.student.live_teacher import LiveTeacher
 from openrlhf_bd.student.model import StudentModel
@@ -90,9 +91,8 @@ def test_a_student_that_is_its_teacher_has_no_exposure():
 
 def test_models_are_loaded_and_rows_come_in_any_number(monkeypatch: pytest.MonkeyPatch):
     """The shipped teacher beside itself: rows that need several forward passes give what one gives, in their order."""
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER_FOLDER)
     config = Config.model_validate({"teacher": {"model_name_or_path": str(TEACHER_FOLDER)}})
-    models = ExposureModels(ExposureArguments(config, len(tokenizer)))
+    models = ExposureModels(config)
     models.load(str(TEACHER_FOLDER))
     random = np.random.default_rng(0)
     ids = [random.integers(1, 100, length).astype(np.int32) for length in (4, 6, 3, 9)]
@@ -104,6 +104,28 @@ def test_models_are_loaded_and_rows_come_in_any_number(monkeypatch: pytest.Monke
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one.teacher_nll_T, other.teacher_nll_T, rtol=1e-4)
         assert max(one.forward_kl_T.max(), one.reverse_kl_T.max()) < 1e-5
+
+
+def test_distributions_are_over_the_ids_that_both_models_have(tmp_path: Path):
+    """Sampled ids that no tokenizer knows are ids like others; the teacher has all of its own for the next student."""
+    sizes, paths, logits = {"teacher": VOCAB + 4, "small": VOCAB - 3, "large": VOCAB + 9}, {}, {}
+    ids = np.array([5, 3, VOCAB - 4, 8], np.int32)
+    for seed, (name, size) in enumerate(sizes.items()):
+        model = model_of("qwen2", seed).float()
+        model.resize_token_embeddings(size, mean_resizing=False)
+        paths[name] = str(tmp_path / name)
+        model.save_pretrained(paths[name])
+        with torch.no_grad():
+            logits[name] = model(input_ids=torch.from_numpy(ids).long()[None]).logits[0, :-1].double()
+    models = ExposureModels(Config.model_validate({"teacher": {"model_name_or_path": paths["teacher"]}}))
+    for name, num_ids in (("small", VOCAB - 3), ("large", VOCAB + 4), ("small", VOCAB - 3)):
+        models.load(paths[name])
+        (found,) = models.measure([ResponseRow(ids[:1], ids[:1], ids[1:])])
+        log_p, log_q = (torch.log_softmax(logits[which][:, :num_ids], dim=1) for which in ("teacher", name))
+        taken = log_p.gather(1, torch.from_numpy(ids[1:]).long()[:, None])[:, 0]
+        np.testing.assert_allclose(found.teacher_nll_T, -taken, rtol=1e-4)
+        np.testing.assert_allclose(found.forward_kl_T, (log_p.exp() * (log_p - log_q)).sum(1), rtol=1e-3)
+        np.testing.assert_allclose(found.reverse_kl_T, (log_q.exp() * (log_q - log_p)).sum(1), rtol=1e-3)
 
 
 def test_a_family_whose_logits_are_more_than_its_head():

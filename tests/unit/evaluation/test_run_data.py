@@ -8,6 +8,7 @@ import pytest
 from openrlhf_bd.errors import DataError
 from openrlhf_bd.evaluation.results import write_responses
 from openrlhf_bd.evaluation.run_data import RunData, parse_metrics, with_distinct_labels
+from openrlhf_bd.evaluation.statistics import paired_difference
 from tests.unit.evaluation.experiments import make_scored
 from tests.unit.evaluation.runs import make_run
 
@@ -112,4 +113,17 @@ def test_scores_of_prompts_are_read_by_test_set_and_sampler(tmp_path: Path):
     write_responses(tmp_path, [*responses, responses[0].model_copy(update={"seed": 20, "rouge_l": 1.0})])
     run = RunData.load(tmp_path)
     assert list(run.by_prompt) == ["dolly", "dolly, top-p 0.8"]
-    assert run.by_prompt["dolly"]["00000000"] == [responses[0].rouge_l, 1.0]
+    assert next(iter(run.by_prompt["dolly"].values())) == [responses[0].rouge_l, 1.0]
+
+
+def test_prompts_of_different_files_are_not_paired(tmp_path: Path):
+    """The same place in two test sets of one name is the same prompt only where the same is asked."""
+    for name, instruction in (("a", "i"), ("b", "another")):
+        evaluation, responses = make_scored("BD", 0.5, ["dolly"], num_prompts=2)
+        evaluation.write(tmp_path / name)
+        changed = [responses[0], responses[1].model_copy(update={"instruction": instruction})]
+        write_responses(tmp_path / name, changed)
+    one, other = (RunData.load(tmp_path / name).by_prompt["dolly"] for name in ("a", "b"))
+    found = paired_difference(one, other)
+    assert found is not None
+    assert (found.num_prompts, found.num_left_out) == (1, 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_bd.cli.flags import given_flags
+from openrlhf_bd.cli.pipeline import judge_flags
 from openrlhf_bd.experiments.digests import InputDigests
 from openrlhf_bd.experiments.layers import Mode
 from openrlhf_bd.experiments.prepare import Prepared, Request, check_options, prepare
@@ -77,13 +78,14 @@ class Case:
         self, *, mode: Mode = "offline", only: str | None = None, scale: str | None = None, **flags: str | list[str]
     ) -> Prepared:
         """Stages with keys; `flags` with __ for the dots of their names."""
+        arguments = {name.replace("__", "."): value for name, value in flags.items()}
         request = Request(
             output_dir=self.root / "out",
             scale=scale,
             data_dir=self.root / "data",
             mode=mode,
             only=only,
-            flags=given_flags({name.replace("__", "."): value for name, value in flags.items()}),
+            flags=given_flags(arguments) | given_flags(arguments, judge_flags()),
         )
         checked = check_options(self.root / "experiment.yaml", request)
         return prepare(checked, request, InputDigests(), inputs_dir=self.root / "out")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from openrlhf_bd.cli.flags import given_flags
+from openrlhf_bd.cli.options import all_options
+from openrlhf_bd.cli.pipeline import judge_flags
 from openrlhf_bd.errors import ConfigError, DataError
+from openrlhf_bd.experiments.prepare import Request, check_options
 from tests.unit.experiments.conftest import SFT_OPTIONS, Case
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("kind: generate", "kind: generat", "experiment.yaml:15: stages.rows.kind: input should be 'train'"),
+        ("kind: generate", "kind: generat", "experiment.yaml:15: stages.rows.kind: found 'generat', expected 'train'"),
         ("label: SFT", "lable: SFT", "experiment.yaml:19: lable is not a key of stages.sft; did you mean label?"),
         ("reference: Teacher", "reference: Master", "experiment.yaml:4: stages.evaluation: reference names 'Master'"),
         ("kind: generate", "kind: judge", "stages.rows: a stage of kind judge needs evaluation"),
@@ -19,11 +23,18 @@ from tests.unit.experiments.conftest import SFT_OPTIONS, Case
         ("algo.distill.name: sft", "algo.distil.name: sft", "algo.distil.name is not an option; did you mean"),
         ("algo.distill.name: sft", "ckpt.output_dir: here", "each stage has a folder of its own"),
         ("extends: pieces/common.yaml", "extends: pieces/comon.yaml", "there is no such file; did you mean"),
+        (
+            "title: Small",
+            "title: Small\npublished: [table9]",
+            "experiment.yaml:3: published 'table9': the paper",
+        ),
+        ("algo.distill.name: sft", "algo.distill.name: sfft", '"sfft" is unknown; did you mean "sft"?'),
+        ("algo.distill.name: sft", "algo.distill.name: sfft", "(stage teacher at "),
         ("title: Small", "title: Small\ninclude: experiment.yaml", "experiment.yaml: includes itself through"),
         (
             "teacher:\n    extends",
             "../teacher:\n    extends",
-            "experiment.yaml:11: stages.../teacher: string should",
+            "experiment.yaml:11: stages.../teacher: found '../teacher', expected letters, digits,",
         ),
     ],
 )
@@ -118,3 +129,17 @@ def test_an_unknown_scale_is_refused(case: Case) -> None:
     """The message says which scales there are."""
     with pytest.raises(ConfigError, match=r"--scale huge: there is no .*scales there: full"):
         case.prepared(scale="huge")
+
+
+def test_references_without_a_scale_say_what_is_needed(case: Case) -> None:
+    """Where no scale file is, a reference to data says which file would tell what it is."""
+    (case.root / "scales" / "full.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"no scale says what that is; expected scales/full.yaml beside"):
+        case.prepared()
+
+
+def test_flags_that_no_stage_reads_are_told(case: Case) -> None:
+    """A judge's option where nothing is judged reaches no stage; an option of training does."""
+    flags = given_flags({"train.max_steps": "3", "judge.seed": "1"}, {**all_options(), **judge_flags()})
+    request = Request(output_dir=case.root / "runs", data_dir=case.root / "data", flags=flags)
+    assert check_options(case.root / "experiment.yaml", request).unread == ["judge.seed"]

@@ -145,3 +145,23 @@ def test_ablations_change_one_option(data_dir: Path, inputs_dir: Path) -> None:
     table4 = resolved("table4", scale="full", data_dir=data_dir, inputs_dir=inputs_dir).stages
     plain = table4["gpt2-760m-bd-plain"].config.algo.distill
     assert plain == table4["gpt2-760m-bd"].config.algo.distill.model_copy(update={"regulariser": "none"})
+
+
+def test_toy_judge_needs_nothing_from_outside(inputs_dir: Path) -> None:
+    """Figure 2 at toy scale is judged by its own teacher, which has room for a question and may only give verdicts."""
+    stages = resolved("figure2", scale="toy", data_dir=None, inputs_dir=inputs_dir).stages
+    options = stages["qwen2.5-0.5b-judge"].judge
+    assert options is not None
+    assert options.serve == str(stages["qwen2.5-teacher"].folder)
+    assert options.constrained
+    teacher = stages["qwen2.5-teacher"].config.actor.model_name_or_path
+    assert AutoConfig.from_pretrained(teacher).max_position_embeddings >= 1024
+
+
+def test_paper_is_judged_by_its_own_judge(data_dir: Path, inputs_dir: Path) -> None:
+    """Figure 2 at full scale asks the paper's judge."""
+    options = (
+        resolved("figure2", scale="full", data_dir=data_dir, inputs_dir=inputs_dir).stages["qwen2.5-0.5b-judge"].judge
+    )
+    assert options is not None
+    assert (options.model, options.serve, options.test_set) == ("gpt-4o-mini", None, "dolly")

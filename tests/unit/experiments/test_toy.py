@@ -66,9 +66,16 @@ def test_same_description_gives_the_same_model(tmp_path: Path) -> None:
 
 
 def test_demo_teacher_is_the_shipped_one(tmp_path: Path) -> None:
-    """`base: demo_teacher` is the package's trained teacher, byte for byte."""
-    folder = make_model(ToyModel(family="qwen2", base="demo_teacher"), tmp_path / "teacher")
+    """`base: demo_teacher` is the package's trained teacher, weight for weight; max_len alone may differ."""
+    model = ToyModel(family="qwen2", base="demo_teacher")
+    folder = make_model(model, tmp_path / "teacher")
     assert (folder / "model.safetensors").read_bytes() == (TEACHER_FOLDER / "model.safetensors").read_bytes()
+    shipped, longer = (
+        json.loads((path / "config.json").read_text("utf-8"))
+        for path in (TEACHER_FOLDER, make_model(model.model_copy(update={"max_len": 1024}), tmp_path / "longer"))
+    )
+    assert json.loads((folder / "config.json").read_text("utf-8")) == shipped
+    assert longer == {**shipped, "max_position_embeddings": 1024}
 
 
 def test_data_has_every_name_and_disjoint_splits(tmp_path: Path) -> None:
