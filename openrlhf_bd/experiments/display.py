@@ -23,7 +23,8 @@ def plan_table(run: Run) -> Table:
     """Each stage with its folder, its state, and the numbers of the stages that it depends on."""
     table = Table(title="plan", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("", "folder", "kind", "state", "needs"):
-        table.add_column(heading, overflow="fold", justify="right" if not heading else "left")
+        # Numbers of stages may take further lines; a folder's name is for copying.
+        table.add_column(heading, no_wrap=heading != "needs", justify="right" if not heading else "left")
     numbers = {name: str(number) for number, name in enumerate(run.work, start=1)}
     for name, work in run.work.items():
         state = run.state(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ IDS = VOCAB - 5  # the models' embeddings are padded
 def model_of(family: str, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        FAMILIES[family], dtype=torch.float64, attn_implementation=PER_ROW_SDPA
+        deepcopy(FAMILIES[family]), dtype=torch.float64, attn_implementation=PER_ROW_SDPA
     ).eval()
     model.get_output_embeddings().weight.data *= 20  # distributions with peaks
     return model
