@@ -66,7 +66,7 @@ def log_evaluation(config: Config, folder: Path, evaluation: Evaluation, *, step
         f"test/{_NOT_IN_NAMES.sub('_', dataset)}/{score.name}": fmean(found)
         for dataset, scores in evaluation.datasets.items()
         for score in SCORES
-        if (found := scores.values(score.name))
+        if (found := score.stored(scores))
     }
     for logger in open_loggers(config, folder):
         logger.log_eval(step, values)

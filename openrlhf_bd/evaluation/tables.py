@@ -39,10 +39,15 @@ class Score:
 
     def values(self, item: DatasetScores) -> list[float] | None:
         """The score of each seed, scaled as shown; None where it was not measured."""
+        found = self.stored(item)
+        return None if found is None else [value * self.scale for value in found]
+
+    def stored(self, item: DatasetScores) -> list[float] | None:
+        """The score of each seed as it is stored; None where it was not measured."""
         section, _, name = self.name.rpartition(".")
         source: Exposure | DatasetScores | None = item.exposure if section else item
         found: list[float] | None = None if source is None else getattr(source, name)
-        return None if found is None else [value * self.scale for value in found]
+        return found
 
     def format(self, value: float) -> str:
         """The value as it is shown, scaled already."""

@@ -22,7 +22,7 @@ from openrlhf_bd.cli.pipeline import pipeline_parser
 from openrlhf_bd.config import Config
 from openrlhf_bd.experiments.digests import InputDigests
 from openrlhf_bd.experiments.files import read_experiment
-from openrlhf_bd.experiments.prepare import Request, prepare
+from openrlhf_bd.experiments.prepare import Request, check_options, prepare
 from openrlhf_bd.experiments.running import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_full_scale_fits_a_node(
     given = given_flags(parse_arguments(pipeline_parser("p", "F", "d"), flags))
     request = Request(output_dir=tmp_path / "out", scale="full", data_dir=data, mode=mode, flags=given)
     digests = InputDigests(tmp_path / "digests.json")
-    prepared = prepare(read_experiment(PAPER / f"{name}.yaml"), request, digests, inputs_dir=tmp_path)
+    prepared = prepare(check_options(PAPER / f"{name}.yaml", request), request, digests, inputs_dir=tmp_path)
     needed = {stage: work.num_gpus for stage, work in make_run(prepared.stages, prepared.asked).work.items()}
     assert max(needed.values()) <= num_gpus, needed
 
