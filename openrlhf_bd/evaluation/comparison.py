@@ -49,6 +49,8 @@ from openrlhf_bd.store.folder import open_folder
 from openrlhf_bd.store.manifest import StoreState
 
 # Metrics that the comparison draws while training; all others are in the reports of the runs.
+# What an experiment is about stands before its groups, by the name of what it reproduces.
+_SUBJECTS = {"table3": "times", "figure1": "teacher", "figure2": "judge"}
 _CURVES = (
     "train/loss",
     "train/set_size",
@@ -136,6 +138,7 @@ def write_comparison(pipeline: Mapping[str, Any], output_path: Path, figures_dir
         "overview": overview,
         "groups": groups,
         "times": times,
+        "leading": [section for name, section in _SUBJECTS.items() if name in {table.name for table in data.published}],
         "stores": stores,
         "judged": judged,
         "figure_2_note": " ".join(published("figure2").notes),
