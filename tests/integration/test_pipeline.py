@@ -128,7 +128,7 @@ def test_an_experiment_is_stopped_gone_on_with_and_reused(folder: Path) -> None:
     assert (stage_folder(folder, "bd") / "gold_data").exists() is False
     for label in ("SFT", "BD"):
         assert Evaluation.read(stage_folder(folder, "evaluation") / f"{label}.json").datasets["test"].num_prompts == 6
-    assert "Tiny: test" in done.stdout
+    assert "Tiny: Rouge-L" in done.stdout
     assert "<html" in (folder / "out" / "tiny.html").read_text(encoding="utf-8")
 
     again = run_job(*arguments(folder), module=MAIN)
